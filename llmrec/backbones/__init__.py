@@ -1,0 +1,1 @@
+"""The models that recommend: causal language models with a catalog's tokens."""

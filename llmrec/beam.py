@@ -1,0 +1,126 @@
+"""Constrained beam search over a CatalogTrie, in plain torch.
+
+It knows neither transformers nor vLLM: a `step` function turns the beams' newest tokens into logits, and both back
+ends (`llmrec.decoding`, `llmrec.engine`) supply their own. Each level keeps the best W of *all* legal continuations,
+so the search is exact beam search, and exhaustive once W reaches the number of items.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llmrec.trie import CatalogTrie
+
+Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class TrieTensors:
+    """A CatalogTrie and its token ids as torch tensors on one device; made once, used by every search."""
+
+    def __init__(
+        self, trie: CatalogTrie, token_ids: Sequence[npt.NDArray[np.int64]], device: torch.device | str = "cpu"
+    ) -> None:
+        self.trie = trie
+        self.device = torch.device(device)
+        self.start = [torch.from_numpy(level).to(self.device) for level in trie.start]
+        self.token = [
+            torch.from_numpy(token_ids[level][codes]).to(self.device) for level, codes in enumerate(trie.code)
+        ]
+        self.item_of_leaf = torch.from_numpy(trie.item_of_leaf).to(self.device)
+
+    def dead_keys(self, excluded: Sequence[npt.NDArray[np.integer]]) -> list[torch.Tensor]:
+        """`CatalogTrie.dead_nodes` on this device."""
+        return [torch.from_numpy(keys).to(self.device) for keys in self.trie.dead_nodes(excluded)]
+
+
+@dataclass(frozen=True)
+class Beams:
+    """What a search found, best first; places beyond the last legal item hold item -1 and score -inf.
+
+    Attributes:
+        items: (B, W) catalog rows.
+        scores: (B, W) sums of log-probabilities, in the logits' dtype (at least float32).
+    """
+
+    items: torch.Tensor
+    scores: torch.Tensor
+
+
+def beam_search(
+    logits: torch.Tensor,
+    step: Step,
+    trie: TrieTensors,
+    num_beams: int,
+    excluded: Sequence[npt.NDArray[np.integer]] | None = None,
+    renormalize: bool = False,
+) -> Beams:
+    """The best items under an autoregressive model, every step constrained to the catalog.
+
+    A beam's score is the sum over levels of log P(token | prompt, tokens so far), with P over the full vocabulary, or
+    over the legal children only if `renormalize`. Equal scores are ordered by code, lexicographically (the order of
+    the trie's nodes). Nodes whose items are all excluded are never entered, so a search returns min(W, legal items) items.
+
+    Args:
+        logits: (B, V) for the first code of every request.
+        step: (tokens (B, W'), parents (B, W')) -> logits (B, W', V). `parents` are the beams of the step before that
+            each new beam continues (all 0 after the prompt). It is called L - 1 times; where fewer than W beams live,
+            the dead ones repeat a legal token and their results are ignored.
+        trie: the catalog.
+        num_beams: W, at least 1.
+        excluded: for each request the catalog rows that it may not return.
+        renormalize: scores over legal continuations instead of the vocabulary.
+    """
+    batch = logits.shape[0]
+    dead = trie.dead_keys(excluded) if excluded is not None else None
+    node = torch.zeros((batch, 1), dtype=torch.long, device=logits.device)
+    score = torch.zeros((batch, 1), dtype=_score_dtype(logits), device=logits.device)
+    logits = logits.unsqueeze(1)  # (B, 1, V)
+    for level in range(trie.trie.num_levels):
+        begin = trie.start[level][node]  # (B, W')
+        width = trie.start[level][node + 1] - begin
+        fan_out = int(width.max())
+        offset = torch.arange(fan_out, device=logits.device)
+        legal = (offset < width.unsqueeze(-1)) & torch.isfinite(score).unsqueeze(-1)  # (B, W', C)
+        child = torch.where(legal, begin.unsqueeze(-1) + offset, begin.unsqueeze(-1))
+        if dead is not None and dead[level].numel():
+            rows = torch.arange(batch, device=logits.device).view(-1, 1, 1)
+            legal &= ~_contains(dead[level], rows * len(trie.token[level]) + child)
+        candidate = _log_probabilities(logits, trie.token[level][child], legal, renormalize) + score.unsqueeze(-1)
+        candidate = candidate.masked_fill(~legal, -torch.inf).flatten(1)  # (B, W'·C)
+        # Parents come in order of score, so a stable sort alone would break ties by the parent's rank, not by node.
+        by_node = child.flatten(1).argsort(dim=1, stable=True)
+        best = candidate.gather(1, by_node).argsort(dim=1, descending=True, stable=True)[:, :num_beams]
+        best = by_node.gather(1, best)
+        score = candidate.gather(1, best)
+        node = child.flatten(1).gather(1, best)
+        if level + 1 < trie.trie.num_levels:
+            logits = step(trie.token[level][node], best // fan_out)
+    items = trie.item_of_leaf[node].masked_fill(~torch.isfinite(score), -1)
+    return Beams(items, score)
+
+
+def _score_dtype(logits: torch.Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _log_probabilities(
+    logits: torch.Tensor, tokens: torch.Tensor, legal: torch.Tensor, renormalize: bool
+) -> torch.Tensor:
+    """(B, W, C) log-probabilities of `tokens` (B, W, C) under `logits` (B, W, V)."""
+    logits = logits.to(_score_dtype(logits))
+    chosen = logits.gather(-1, tokens)
+    if renormalize:
+        chosen = chosen.masked_fill(~legal, -torch.inf)
+        # A dead beam has no legal child at all: its logsumexp is -inf, and -inf - -inf would be NaN.
+        total = chosen.logsumexp(-1, keepdim=True)
+        return chosen - total.masked_fill(torch.isinf(total), 0.0)
+    return chosen - logits.logsumexp(-1, keepdim=True)
+
+
+def _contains(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Which of `values` occur in the ascending `keys` (at least one)."""
+    place = torch.searchsorted(keys, values).clamp_(max=len(keys) - 1)
+    return keys[place] == values

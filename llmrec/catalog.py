@@ -1,0 +1,169 @@
+"""Catalog: items, their semantic IDs, and the token ids that spell them."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file, save_file
+
+from llmrec.exceptions import CatalogError, UnknownItemError
+from llmrec.storage import atomic_path, write_json
+from llmrec.trie import CatalogTrie
+
+ITEMS_FILE, CODES_FILE, CATALOG_FILE = "items.jsonl", "codes.safetensors", "catalog.json"
+
+
+class Catalog:
+    """Item <-> semantic ID <-> token ids.
+
+    Attributes:
+        items: N mappings with at least "item_id" and "title"; the place in this list is the item's *row*.
+        codes: (N, L) int32, unique rows.
+        codebook_sizes: K_l of every level; codes of level l are below it.
+        token_ids: per level a (K_l,) int64 array of the tokenizer's id for each code, or None before a tokenizer is
+            known. Ids are kept rather than strings, so that nothing depends on a token's place in a string.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Mapping[str, Any]],
+        codes: npt.NDArray[np.integer],
+        codebook_sizes: Sequence[int],
+        token_ids: Sequence[npt.NDArray[np.integer]] | None = None,
+    ) -> None:
+        self.items = list(items)
+        self.codes: npt.NDArray[np.int32] = np.ascontiguousarray(codes, dtype=np.int32)
+        self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
+        if self.codes.ndim != 2 or self.codes.shape != (len(self.items), len(self.codebook_sizes)):
+            raise CatalogError(
+                f"{len(self.items)} items with {len(self.codebook_sizes)} levels need codes of that shape, not "
+                f"{self.codes.shape}. Build the semantic IDs from the same item table."
+            )
+        if len(self.items) and (self.codes.min() < 0 or (self.codes.max(axis=0) >= self.codebook_sizes).any()):
+            raise CatalogError(
+                f"Codes reach {self.codes.max(axis=0).tolist()}, codebooks have {list(self.codebook_sizes)} entries. "
+                "Build the semantic IDs again."
+            )
+        self._rows = {str(item["item_id"]): row for row, item in enumerate(self.items)}
+        if len(self._rows) != len(self.items):
+            raise CatalogError(f"{len(self.items) - len(self._rows)} item id(s) repeat. Keep one row per item.")
+        self.token_ids: tuple[npt.NDArray[np.int64], ...] | None = None
+        if token_ids is not None:
+            self.token_ids = tuple(np.asarray(level, dtype=np.int64) for level in token_ids)
+            if [len(level) for level in self.token_ids] != list(self.codebook_sizes):
+                raise CatalogError(
+                    f"Token ids come in levels of {[len(level) for level in self.token_ids]}, codebooks have "
+                    f"{list(self.codebook_sizes)} entries. Add the catalog's tokens to the tokenizer again."
+                )
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.codebook_sizes)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Item ids by row."""
+        return [str(item["item_id"]) for item in self.items]
+
+    @cached_property
+    def trie(self) -> CatalogTrie:
+        """The trie of all items' codes; raises CatalogError if two items share one."""
+        return CatalogTrie(self.codes)
+
+    @cached_property
+    def version(self) -> str:
+        """A hash of what can be recommended and how it is spelt: item ids, codes, codebook sizes."""
+        digest = hashlib.sha256(json.dumps([self.ids, list(self.codebook_sizes)]).encode())
+        digest.update(np.ascontiguousarray(self.codes, dtype="<i4").tobytes())
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def item_tokens(self) -> npt.NDArray[np.int64]:
+        """(N, L) the token ids of every item's semantic ID."""
+        levels = self.require_tokens()
+        return np.stack([ids[self.codes[:, level]] for level, ids in enumerate(levels)], axis=1)
+
+    def require_tokens(self) -> tuple[npt.NDArray[np.int64], ...]:
+        """The token ids per level; raises CatalogError if no tokenizer has been extended for this catalog yet."""
+        if self.token_ids is None:
+            raise CatalogError("The catalog has no token ids yet. Extend a tokenizer with its tokens first.")
+        return self.token_ids
+
+    def title(self, row: int) -> str:
+        return str(self.items[row].get("title") or self.ids[row])
+
+    def row(self, item_id: str) -> int:
+        """The row of one item; raises UnknownItemError."""
+        return self.rows([item_id])[0]
+
+    def rows(self, item_ids: Sequence[str], ignore_unknown: bool = False) -> list[int]:
+        """The rows of items, in the order given; raises UnknownItemError that names all unknown ones."""
+        if not ignore_unknown and (unknown := [str(i) for i in item_ids if str(i) not in self._rows]):
+            raise UnknownItemError(unknown)
+        return [self._rows[str(i)] for i in item_ids if str(i) in self._rows]
+
+    def token_strings(self) -> list[list[str]]:
+        """Per level, the K_l strings that spell its codes, such as `<s0_17>`."""
+        return [[f"<s{level}_{code}>" for code in range(size)] for level, size in enumerate(self.codebook_sizes)]
+
+    @classmethod
+    def from_build(cls, folder: str | Path) -> Self:
+        """Reads what `semantic_ids/build.py` wrote: codes, items and codebook sizes, without token ids."""
+        folder = Path(folder)
+        if not (folder / "semantic_ids.json").is_file():
+            raise CatalogError(f"{folder} holds no semantic_ids.json. Run semantic_ids/build.py with --out {folder}.")
+        described = json.loads((folder / "semantic_ids.json").read_text(encoding="utf-8"))
+        codes = load_file(folder / CODES_FILE)["codes"]
+        return cls(_read_items(folder / ITEMS_FILE), codes, described["codebook_sizes"])
+
+    def save(self, folder: str | Path) -> None:
+        """Writes items.jsonl, codes.safetensors and catalog.json; each file whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(folder / ITEMS_FILE) as temporary:
+            lines = (json.dumps(dict(item), ensure_ascii=False) + "\n" for item in self.items)
+            temporary.write_text("".join(lines), encoding="utf-8")
+        tensors: dict[str, npt.NDArray[Any]] = {"codes": self.codes}
+        for level, ids in enumerate(self.token_ids or ()):
+            tensors[f"token_ids.{level}"] = ids
+        with atomic_path(folder / CODES_FILE) as temporary:
+            save_file(tensors, temporary)
+        write_json(
+            folder / CATALOG_FILE,
+            {"version": self.version, "items": len(self), "codebook_sizes": list(self.codebook_sizes)},
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Reads what `save` wrote; raises CatalogError if files are missing or belong to different catalogs."""
+        folder = Path(folder)
+        missing = [name for name in (ITEMS_FILE, CODES_FILE, CATALOG_FILE) if not (folder / name).is_file()]
+        if missing:
+            raise CatalogError(f"{folder} lacks {', '.join(missing)}. Point to the catalog folder of an artefact.")
+        described = json.loads((folder / CATALOG_FILE).read_text(encoding="utf-8"))
+        tensors = load_file(folder / CODES_FILE)
+        levels = [tensors[name] for name in sorted(tensors, key=_level_of) if name.startswith("token_ids.")]
+        catalog = cls(_read_items(folder / ITEMS_FILE), tensors["codes"], described["codebook_sizes"], levels or None)
+        if catalog.version != described["version"]:
+            raise CatalogError(
+                f"The catalog in {folder} has version {catalog.version}, its catalog.json says "
+                f"{described['version']}. Its files come from different catalogs: restore the folder."
+            )
+        return catalog
+
+
+def _level_of(name: str) -> int:
+    return int(name.rpartition(".")[2]) if name.startswith("token_ids.") else -1
+
+
+def _read_items(path: Path) -> list[dict[str, Any]]:
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]

@@ -1,0 +1,249 @@
+"""The `llmrec` command line: names, options and help; each command's work is in the module of its name.
+
+Nothing heavy is imported before a command runs, so that `llmrec --help` answers at once.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+import llmrec
+from llmrec.exceptions import LLMRecError
+
+app = typer.Typer(
+    name="llmrec",
+    help="Generative recommendation: items become semantic IDs, a language model writes the next one, vLLM serves it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Artefact = Annotated[str, typer.Argument(help="An artefact folder, or its id on the Hub (`user/name`).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of the Hub's repository.")]
+
+
+def main() -> None:
+    """The console script: runs the command; an error of llmrec's own becomes its message, and exit code 2."""
+    try:
+        app()
+    except LLMRecError as error:
+        if os.environ.get("LLMREC_DEBUG", "0") not in ("", "0"):
+            raise
+        from rich.console import Console
+
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"llmrec {llmrec.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def quickstart(
+    interactions: Annotated[
+        Path | None, typer.Option(help="Own interactions: parquet, csv or jsonl, .gz or not.")
+    ] = None,
+    items: Annotated[Path | None, typer.Option(help="Own items, with ids and titles, in the same formats.")] = None,
+    out: Annotated[Path, typer.Option(help="The folder for every stage's files, result.json and artefact/.")] = Path(
+        "runs/quickstart"
+    ),
+    user_column: Annotated[str | None, typer.Option(help="The interactions' column of user ids.")] = None,
+    item_column: Annotated[str | None, typer.Option(help="The column of item ids, in both files.")] = None,
+    timestamp_column: Annotated[str | None, typer.Option(help="The interactions' column of times.")] = None,
+    position_column: Annotated[
+        str | None, typer.Option(help="The column of places in a user's history, where there are no times.")
+    ] = None,
+    title_column: Annotated[str | None, typer.Option(help="The items' column of titles.")] = None,
+    seed: Annotated[int, typer.Option(help="The seed of everything random.")] = 0,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the training rows; by default fitted to the data.")
+    ] = None,
+    embedding_model: Annotated[
+        str | None, typer.Option(help="A sentence-transformers model: a Hub id or a folder.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The server's port; 0 takes a free one.")] = 0,
+    keep_serving: Annotated[bool, typer.Option("--keep-serving", help="Leave the server up at the end.")] = False,
+) -> None:
+    """Run every stage once, from interactions to a served recommender, on a made-up sample or on your own files.
+
+    Example, on synthetic data: `llmrec quickstart`
+
+    Example, on your own:
+    `llmrec quickstart --interactions ratings.csv.gz --items items.jsonl --user-column user --out runs/mine`
+    """
+    from llmrec.cli.quickstart import quickstart as run
+
+    run(
+        interactions=interactions,
+        items=items,
+        out=out,
+        user_column=user_column,
+        item_column=item_column,
+        timestamp_column=timestamp_column,
+        position_column=position_column,
+        title_column=title_column,
+        seed=seed,
+        epochs=epochs,
+        embedding_model=embedding_model,
+        port=port,
+        keep_serving=keep_serving,
+    )
+
+
+@app.command()
+def serve(
+    artefact: Artefact,
+    vllm_args: Annotated[list[str] | None, typer.Argument(help="After `--`: arguments for vLLM's own server.")] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on.")] = 8000,
+    dtype: Annotated[
+        str, typer.Option(help="The model's number format: auto, float32, bfloat16 or float16.")
+    ] = "auto",
+    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Requests that run at once.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt and its answer.")] = None,
+    kv_cache_gib: Annotated[float | None, typer.Option(min=0, help="Memory for the KV cache, in GiB.")] = None,
+    max_beams: Annotated[int | None, typer.Option(min=1, help="The widest beam that a request may ask for.")] = None,
+    revision: Revision = None,
+) -> None:
+    """Serve an artefact over HTTP with vLLM: POST /v1/recommend, /health, /ready, /v1/models, /docs.
+
+    Example: `llmrec serve runs/quickstart/artefact --port 8000`
+
+    Example, from the Hub, with options of vLLM's own:
+    `llmrec serve user/name --dtype bfloat16 -- --tensor-parallel-size 2`
+
+    Then: `curl localhost:8000/v1/recommend -H 'Content-Type: application/json' -d '{"history": ["id"], "k": 10}'`
+    """
+    from llmrec.cli.serve import serve as run
+
+    run(
+        artefact=artefact,
+        host=host,
+        port=port,
+        dtype=dtype,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        kv_cache_gib=kv_cache_gib,
+        max_beams=max_beams,
+        revision=revision,
+        vllm_args=vllm_args or [],
+    )
+
+
+@app.command()
+def recommend(
+    artefact: Artefact,
+    history: Annotated[str, typer.Option(help="The history's item ids, oldest first: `id,id,id`.")] = "",
+    item: Annotated[
+        list[str] | None, typer.Option(help="One more item of the history; repeatable, and its id may hold a comma.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", "--k", min=1, help="How many items to recommend.")] = 10,
+    include_seen: Annotated[bool, typer.Option("--include-seen", help="Items of the history may come again.")] = False,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Recommend the next items after a history, in this process (with transformers; no server).
+
+    Example: `llmrec recommend runs/quickstart/artefact --history i0012,i0430 -k 5`
+    """
+    from llmrec.cli.recommend import recommend as run
+
+    ids = [part.strip() for part in history.split(",") if part.strip()] + (item or [])
+    run(artefact, history=ids, k=k, exclude_seen=not include_seen, revision=revision, as_json=as_json)
+
+
+@app.command()
+def push(
+    artefact: Annotated[Path, typer.Argument(help="An artefact folder.")],
+    repo_id: Annotated[str, typer.Argument(help="The Hub's repository, `user/name`; made if need be.")],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="For a new repository; by default as the account says.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="The branch to push to; by default main.")] = None,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="The commit's title.")] = None,
+) -> None:
+    """Upload a finished artefact to the Hugging Face Hub.
+
+    Example: `llmrec push runs/quickstart/artefact user/my-recommender --private`
+    """
+    from llmrec.cli.push import push as run
+
+    run(artefact, repo_id=repo_id, private=private, revision=revision, message=message)
+
+
+@app.command()
+def stages(
+    name: Annotated[str | None, typer.Argument(help="A stage file, e.g. train/sft.py: print its path alone.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the stages' scripts, recipes and templates, and where they lie, to run them or to copy and edit them.
+
+    Example: `llmrec stages`
+
+    Example: `cp "$(llmrec stages prompts/next_item.jinja)" my_prompt.jinja`
+    """
+    from llmrec.cli.stages import show_stages
+
+    show_stages(name, as_json=as_json)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def run(
+    stage: Annotated[str, typer.Argument(help="A stage's script, e.g. train/sft.py (`llmrec stages` lists them).")],
+    args: Annotated[list[str] | None, typer.Argument(help="The script's own arguments; --help shows them.")] = None,
+    launcher: Annotated[
+        Literal["python", "accelerate"] | None,
+        typer.Option(help="By default accelerate for train/sft.py, else python."),
+    ] = None,
+    launch_config: Annotated[
+        Path | None, typer.Option(help="A config file of `accelerate launch`, e.g. one from train/accelerate/.")
+    ] = None,
+) -> None:
+    """Run one stage's script, wherever llmrec is installed; options before the script's name are for `llmrec run`.
+
+    Example: `llmrec run train/sft.py --config my_recipe.yaml`
+
+    Example: `llmrec run --launch-config ddp.yaml train/sft.py --config my_recipe.yaml`
+    """
+    from llmrec.cli.run import run_stage
+
+    run_stage(stage, args or [], launcher=launcher, launch_config=launch_config)
+
+
+@app.command()
+def doctor(
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also import torch, transformers and vLLM, each in a Python of its own.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Look the environment over: what is installed, which lane it is, each known trap and the command that mends it.
+
+    Exit code 1 if something is broken, 0 otherwise, warnings included.
+
+    Example: `llmrec doctor --deep`
+    """
+    from llmrec.cli.doctor import examine
+
+    raise typer.Exit(examine(deep=deep, as_json=as_json))
+
+
+if __name__ == "__main__":
+    main()

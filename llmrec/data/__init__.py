@@ -1,0 +1,19 @@
+"""Interactions and items in, splits out; nothing here knows models or tokens."""
+
+from llmrec.data.columns import ITEM, POSITION, TIMESTAMP, TITLE, USER, ColumnNames
+from llmrec.data.interactions import Interactions
+from llmrec.data.items import Items
+from llmrec.data.split import Split, leave_one_out
+
+__all__ = [
+    "ITEM",
+    "POSITION",
+    "TIMESTAMP",
+    "TITLE",
+    "USER",
+    "ColumnNames",
+    "Interactions",
+    "Items",
+    "Split",
+    "leave_one_out",
+]

@@ -1,0 +1,115 @@
+"""The names of columns: the canonical ones, which exist here once, and those of a user's file."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, overload
+
+from llmrec.exceptions import DataError
+
+logger = logging.getLogger(__name__)
+
+USER = "user_id"
+ITEM = "item_id"
+TIMESTAMP = "timestamp"
+POSITION = "position"
+TITLE = "title"
+
+# Compared without case, underscores, spaces and RecBole's ":token"; the first that a file has is taken.
+_ALIASES = {
+    USER: ("userid", "user", "uid", "reviewerid", "customerid", "customer", "visitorid", "sessionid"),
+    ITEM: ("itemid", "item", "iid", "parentasin", "asin", "movieid", "productid", "product", "articleid", "sku"),
+    TIMESTAMP: ("timestamp", "time", "unixreviewtime", "unixtime", "ts", "datetime", "date"),
+    POSITION: ("position", "pos", "sequenceposition"),
+    TITLE: ("title", "name", "producttitle", "productname", "movietitle", "itemtitle", "itemname"),
+}
+_FLAGS = {
+    USER: "--user-column",
+    ITEM: "--item-column",
+    TIMESTAMP: "--timestamp-column",
+    POSITION: "--position-column",
+    TITLE: "--title-column",
+}
+
+
+@dataclass(frozen=True)
+class ColumnNames:
+    """What a file calls its columns; a value that differs from the canonical name counts as chosen by the user.
+
+    Attributes:
+        user: ids of users, required in interactions.
+        item: ids of items, required in interactions and items.
+        timestamp: unix seconds (or any number, or a date type, that grows with time), optional.
+        position: place inside the user's sequence, optional.
+        title: what an item is called, optional.
+        text: the item columns that go into its text, or None for every column that reads like text.
+    """
+
+    user: str = USER
+    item: str = ITEM
+    timestamp: str = TIMESTAMP
+    position: str = POSITION
+    title: str = TITLE
+    text: tuple[str, ...] | None = None
+
+    @overload
+    def find(
+        self, canonical: str, available: Sequence[str], source: str, required: Literal[True], also: Sequence[str] = ...
+    ) -> str: ...
+    @overload
+    def find(
+        self, canonical: str, available: Sequence[str], source: str, required: bool = ..., also: Sequence[str] = ...
+    ) -> str | None: ...
+    def find(
+        self,
+        canonical: str,
+        available: Sequence[str],
+        source: str,
+        required: bool = False,
+        also: Sequence[str] = (),
+    ) -> str | None:
+        """The column of `available` that plays the part of `canonical`, or None if there is none and none is needed.
+
+        A chosen name is taken as it is. Otherwise the canonical name is, or else a common alias, which is logged.
+
+        Args:
+            canonical: one of this module's constants.
+            available: the columns that the file has.
+            source: the file's name, for messages.
+            required: whether to raise rather than to return None.
+            also: further aliases, in lower case, that are safe in this file alone.
+
+        Raises:
+            DataError: if a chosen or a required column is not there.
+
+        >>> ColumnNames().find(ITEM, ["userId", "parent_asin", "asin"], "reviews.csv")
+        'parent_asin'
+        """
+        wanted = {
+            USER: self.user,
+            ITEM: self.item,
+            TIMESTAMP: self.timestamp,
+            POSITION: self.position,
+            TITLE: self.title,
+        }[canonical]
+        if wanted in available:
+            return wanted
+        if wanted == canonical:
+            by_plain_name: dict[str, str] = {}
+            for name in available:
+                by_plain_name.setdefault(_plain(name), name)
+            for alias in (*_ALIASES[canonical], *also):
+                if alias in by_plain_name:
+                    logger.info("%s: column %r is taken as %s", source, by_plain_name[alias], canonical)
+                    return by_plain_name[alias]
+            if not required:
+                return None
+        raise DataError(
+            f"{source} has no column {wanted!r}; its columns are {', '.join(map(repr, available))}. "
+            f"Say which one it is with {_FLAGS[canonical]} NAME."
+        )
+
+
+def _plain(name: str) -> str:
+    # RecBole's atomic files write "item_id:token".
+    return name.split(":")[0].strip().lower().replace("_", "").replace(" ", "")

@@ -1,0 +1,119 @@
+"""Catalog-constrained beam search with a transformers model: batched, KV-cached; the reference for the engine."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llmrec.beam import Beams, TrieTensors, beam_search
+from llmrec.exceptions import RequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.inference_mode()
+def decode(
+    model: "PreTrainedModel",
+    prompts: Sequence[Sequence[int]],
+    trie: TrieTensors,
+    num_beams: int,
+    excluded: Sequence[npt.NDArray[np.integer]] | None = None,
+    renormalize: bool = False,
+) -> Beams:
+    """Searches the catalog for the best continuations of every prompt, in one batch.
+
+    The prompts are padded on the left, run once, and their cache is then copied to the beams; each further level costs
+    one forward pass of one token per beam. Memory grows with B · W · T: the caller chooses B.
+
+    Args:
+        model: a causal LM in eval mode, on the trie's device.
+        prompts: B lists of token ids, none empty.
+        trie: the catalog's trie with its token ids.
+        num_beams: W.
+        excluded: for each prompt the catalog rows not to return.
+        renormalize: see `beam_search`.
+
+    Raises:
+        RequestError: if a prompt is empty, or longer than the model's positions leave room for.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    levels = trie.trie.num_levels
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if not lengths or min(lengths) == 0:
+        raise RequestError("A prompt has no tokens. Give the template a beginning-of-sequence token.")
+    if limit is not None and max(lengths) + levels - 1 > limit:
+        raise RequestError(
+            f"A prompt of {max(lengths)} tokens and {levels} code tokens exceed the model's {limit} positions. "
+            "Shorten the history."
+        )
+    tokens, mask, positions = _pad_left(prompts, trie.device)
+    output = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    cache = output.past_key_values
+    position = torch.tensor(lengths, device=trie.device)  # (B,) of the next token
+    beams = 1
+
+    def step(tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
+        nonlocal mask, position, beams
+        batch, width = tokens.shape
+        rows = torch.arange(batch, device=trie.device).unsqueeze(1) * beams + parents
+        cache.reorder_cache(rows.flatten())  # index_select: copies a parent for each of its children
+        mask = torch.cat([mask[rows.flatten()], mask.new_ones(batch * width, 1)], dim=1)
+        logits = model(
+            input_ids=tokens.reshape(-1, 1),
+            attention_mask=mask,
+            position_ids=position.repeat_interleave(width).unsqueeze(1),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        position, beams = position + 1, width
+        return logits[:, -1].view(batch, width, -1)  # type: ignore[no-any-return]
+
+    return beam_search(output.logits[:, -1], step, trie, num_beams, excluded, renormalize)
+
+
+@torch.inference_mode()
+def score_catalog(
+    model: "PreTrainedModel", prompt: Sequence[int], trie: TrieTensors, renormalize: bool = False
+) -> torch.Tensor:
+    """The brute-force definition: the score of every item after one prompt, by running each item's tokens in full.
+
+    No cache, no trie walk for the scores, no padding: slow, and what `decode` is tested against.
+
+    Returns:
+        (N,) float64 log-probabilities, by catalog row.
+    """
+    flat = trie.trie
+    codes = np.empty((flat.num_items, flat.num_levels), dtype=np.int64)
+    for level in range(flat.num_levels):  # a leaf's ancestors are the nodes whose run of rows holds it
+        node = np.searchsorted(flat.first_leaf[level], np.arange(flat.num_items), side="right") - 1
+        codes[flat.item_of_leaf, level] = trie.token[level].cpu().numpy()[node]
+    scores = torch.empty(flat.num_items, dtype=torch.float64)
+    for row, continuation in enumerate(codes.tolist()):
+        sequence = torch.tensor([[*prompt, *continuation]], device=trie.device)
+        logits = model(input_ids=sequence, use_cache=False).logits[0, len(prompt) - 1 : -1].double()  # (L, V)
+        total = 0.0
+        for level, token in enumerate(continuation):
+            legal = slice(None)
+            if renormalize:
+                same = (codes[:, :level] == codes[row, :level]).all(axis=1)
+                legal = torch.from_numpy(np.unique(codes[same, level]))  # type: ignore[assignment]
+            total += float(logits[level, token] - logits[level, legal].logsumexp(-1))
+        scores[row] = total
+    return scores
+
+
+def _pad_left(
+    prompts: Sequence[Sequence[int]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids, attention mask and position ids, each (B, T); padding holds token 0, which the mask hides."""
+    longest = max(len(prompt) for prompt in prompts)
+    tokens = torch.zeros((len(prompts), longest), dtype=torch.long)
+    mask = torch.zeros((len(prompts), longest), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return tokens.to(device), mask.to(device), positions.to(device)

@@ -1,0 +1,20 @@
+"""Item embeddings: item texts by a sentence encoder, co-occurrence of the training histories, and both fused.
+
+Nothing here knows of codes, catalogs or tokens: it ends with one float vector per item.
+"""
+
+from llmrec.embedding.collaborative import cooccurrence_embeddings
+from llmrec.embedding.encoder import EmbeddingModel, encode_texts, resolve_model
+from llmrec.embedding.fusion import Fusion
+from llmrec.embedding.static import static_embeddings
+from llmrec.embedding.store import EmbeddingStore
+
+__all__ = [
+    "EmbeddingModel",
+    "EmbeddingStore",
+    "Fusion",
+    "cooccurrence_embeddings",
+    "encode_texts",
+    "resolve_model",
+    "static_embeddings",
+]

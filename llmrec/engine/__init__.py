@@ -1,0 +1,5 @@
+"""The vLLM plugin: the whole catalog-constrained beam search inside one engine step, and its HTTP route.
+
+Nothing of vLLM is patched. A pooling model wraps the ordinary causal LM; when a prompt's prefill is done, its pooler
+runs the search through the model's own layers, reading the prompt's keys and values from vLLM's paged cache.
+"""

@@ -1,0 +1,203 @@
+"""The HTTP side: `POST /v1/recommend`, attached to vLLM's own server as an endpoint plugin."""
+
+import asyncio
+import logging
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, HTTPException, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from llmrec.catalog import Catalog
+from llmrec.engine.plugin import MAX_BEAMS
+from llmrec.engine.request import FAILED, SearchParameters
+from llmrec.exceptions import EngineError, RequestError
+from llmrec.recommender import PromptEncoder, check_request, load_parts
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_BEAMS = 512
+# Routes of vLLM's pooling server that would hand out a search's raw tensor as if it were an embedding.
+_HIDDEN = (
+    "/pooling",
+    "/v1/embeddings",
+    "/v2/embed",
+    "/classify",
+    "/score",
+    "/v1/score",
+    "/rerank",
+    "/v1/rerank",
+    "/v2/rerank",
+)
+# Prefill and beam step of one model agree to rounding; a wrong cache layout is off by orders of magnitude.
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
+
+
+class RecommendRequest(BaseModel):
+    """What to recommend for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    history: list[str] = Field(description="Item ids, oldest first. Empty: what the model expects of a new user.")
+    k: int = Field(default=10, ge=1, description="Items wanted. Fewer come back only where fewer remain.")
+    exclude_seen: bool = Field(default=True, description="Whether items of the history are no candidates.")
+    num_beams: int | None = Field(
+        default=None, ge=1, description="Beams of the search, at least k. More find better items, at more cost."
+    )
+    ignore_unknown: bool = Field(
+        default=False, description="Skip ids that the catalog does not hold, instead of refusing the request."
+    )
+
+
+class RecommendedItem(BaseModel):
+    """One item of the answer."""
+
+    id: str
+    rank: int = Field(description="1 for the best.")
+    log_probability: float = Field(description="Natural logarithm of the item's probability given the history.")
+    title: str
+
+
+class RecommendResponse(BaseModel):
+    """The answer, best item first."""
+
+    items: list[RecommendedItem]
+    model: str
+    catalog_version: str
+
+
+class Endpoint:
+    """Answers requests: ids to prompt, one engine request, rows to items."""
+
+    def __init__(
+        self, engine: Any, encoder: PromptEncoder, catalog: Catalog, model: str, max_beams: int, max_tokens: int
+    ) -> None:
+        self.engine = engine
+        self.encoder = encoder
+        self.catalog = catalog
+        self.model = model
+        self.max_beams = max_beams
+        self.max_tokens = max_tokens
+
+    async def recommend(self, request: RecommendRequest) -> RecommendResponse:
+        """Raises RequestError for what this server cannot answer, EngineError if the engine fails."""
+        rows = self.catalog.rows(request.history, request.ignore_unknown)
+        beams = check_request(request.k, request.num_beams or self.encoder.settings.num_beams)
+        if beams > self.max_beams:
+            raise RequestError(
+                f"k or num_beams is {beams}, and this server searches with at most {self.max_beams} beams. "
+                f"Ask for at most {self.max_beams}, or start the server with a higher --max-beams."
+            )
+        seen = sorted(set(rows)) if request.exclude_seen else []
+        found = await self._encode(self.encoder.encode(rows), SearchParameters(request.k, beams, seen))
+        items = [
+            RecommendedItem(
+                id=self.catalog.ids[int(row)],
+                rank=rank,
+                log_probability=score,
+                title=self.catalog.title(int(row)),
+            )
+            for rank, (row, score) in enumerate(found, start=1)
+        ]
+        if len(items) != min(request.k, len(self.catalog) - len(seen)):
+            raise EngineError("The engine returned too few items: the model's scores are not numbers. See its log.")
+        return RecommendResponse(items=items, model=self.model, catalog_version=self.catalog.version)
+
+    async def check(self) -> None:
+        """Compares a search with ordinary prefills, so that a drift of vLLM's internals stops the server at its start.
+
+        Raises:
+            EngineError: if the best item's log-probability is not the sum over its tokens.
+        """
+        prompt = self.encoder.encode([0, len(self.catalog) // 2])
+        ((row, score),) = await self._encode(prompt, SearchParameters(k=1, num_beams=4))
+        total = 0.0
+        for token in self.catalog.item_tokens[int(row)].tolist():
+            ((_, value),) = await self._encode(prompt, SearchParameters(num_beams=0, token=token))
+            total += value
+            prompt = [*prompt, token]
+        dtype = str(self.engine.model_config.dtype).removeprefix("torch.")
+        if not abs(total - score) <= _TOLERANCE.get(dtype, 1e-3):
+            raise EngineError(
+                f"A beam search gave the log-probability {score:.6f}, ordinary prefill {total:.6f}. "
+                "This vLLM works otherwise than the one llmrec was built for: use vllm 0.32."
+            )
+        logger.info("llmrec: beam search and prefill agree to %.1e", abs(total - score))
+
+    async def _encode(self, prompt: list[int], parameters: SearchParameters) -> list[list[float]]:
+        from vllm.inputs import TokensPrompt
+        from vllm.pooling_params import PoolingParams
+
+        if len(prompt) > self.max_tokens:
+            raise RequestError(
+                f"The history's prompt has {len(prompt)} tokens, and the server was started for {self.max_tokens}. "
+                "Start it with a longer --max-model-len, or train with a shorter max_history."
+            )
+        params = PoolingParams(task="embed", extra_kwargs=parameters.pack())
+        result = None
+        async for output in self.engine.encode(
+            TokensPrompt(prompt_token_ids=prompt), params, f"recommend-{uuid.uuid4().hex}"
+        ):
+            result = output
+        if result is None:
+            raise EngineError("The engine ended without an answer. See its log, and restart the server.")
+        found: list[list[float]] = result.outputs.data.double().tolist()
+        if found and found[0][0] == FAILED:
+            raise EngineError("The engine could not answer this request. Its log has the reason.")
+        return found
+
+
+class RecommendRoutes:
+    """vLLM's endpoint plugin: an object with these three names."""
+
+    name = "llmrec_http"
+    required_tasks = ("embed",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Adds llmrec's routes to vLLM's application, and takes away those that make no sense for a recommender."""
+        app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) not in _HIDDEN]
+        app.include_router(_router())
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Loads the artefact's catalog, tokenizer and prompt, and checks the engine before the server answers."""
+        from transformers import AutoTokenizer
+
+        folder = Path(engine_client.model_config.model)
+        tokenizer, catalog, prompt, settings = await asyncio.to_thread(
+            lambda: load_parts(folder, AutoTokenizer.from_pretrained(folder))
+        )
+        state.llmrec = Endpoint(
+            engine=engine_client,
+            encoder=PromptEncoder(tokenizer, catalog, prompt, settings),
+            catalog=catalog,
+            model=(args.served_model_name or [folder.name])[0],
+            max_beams=int(os.environ.get(MAX_BEAMS, DEFAULT_MAX_BEAMS)),
+            max_tokens=engine_client.model_config.max_model_len,
+        )
+        await state.llmrec.check()
+
+
+def _router() -> APIRouter:
+    router = APIRouter(tags=["recommend"])
+
+    @router.post("/v1/recommend")
+    async def recommend(request: RecommendRequest, raw: Request) -> RecommendResponse:
+        """The k most probable next items of a history, none outside the catalog and none twice."""
+        try:
+            return await raw.app.state.llmrec.recommend(request)  # type: ignore[no-any-return]
+        except RequestError as error:
+            raise HTTPException(status_code=422, detail=str(error)) from error
+        except EngineError as error:
+            raise HTTPException(status_code=500, detail=str(error)) from error
+
+    @router.get("/ready")
+    async def ready(raw: Request) -> dict[str, Any]:
+        """Answers once the server has loaded its catalog and its search has been checked against ordinary prefill."""
+        endpoint: Endpoint | None = getattr(raw.app.state, "llmrec", None)
+        if endpoint is None or endpoint.engine.errored:
+            raise HTTPException(status_code=503, detail="The engine is not running. See the server's log.")
+        return {"ready": True, "items": len(endpoint.catalog), "catalog_version": endpoint.catalog.version}
+
+    return router

@@ -1,0 +1,140 @@
+"""Starting vLLM's server for an artefact: its command line and its environment."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from llmrec.engine.plugin import ARCHITECTURES, EXIT_WITH_PARENT, MAX_BEAMS
+from llmrec.exceptions import DependencyError, EngineError
+
+
+def server_command(
+    artefact: Path,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    dtype: str = "auto",
+    max_num_seqs: int = 64,
+    max_model_len: int | None = None,
+    kv_cache_gib: int = 1,
+    max_beams: int = 512,
+    name: str | None = None,
+    extra: Sequence[str] = (),
+) -> tuple[list[str], dict[str, str]]:
+    """The command line and the environment of vLLM's server for `artefact`.
+
+    The module is started rather than the `vllm` script, which the CPU build's metadata breaks. `dtype` "auto" is the
+    saved one: vLLM's own "auto" would turn float32 into half precision and its scores with it.
+
+    Args:
+        artefact: a checked artefact folder.
+        max_num_seqs: requests searched together, at most.
+        max_model_len: tokens of a prompt; default: the model's positions.
+        kv_cache_gib: memory for the KV cache on a CPU (a GPU's is found by vLLM).
+        max_beams: the widest search that a request may ask for.
+        name: of the model in `/v1/models`; default: the folder's name.
+        extra: further arguments for vLLM, which win.
+
+    Raises:
+        DependencyError: if vLLM is not installed.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise DependencyError(
+            "vLLM is not installed, and serving needs it. Install llmrec[cpu] or llmrec[gpu] from the lane's lock "
+            "(make env)."
+        )
+    config = json.loads((artefact / "config.json").read_text(encoding="utf-8"))
+    architectures = config.get("architectures") or []
+    if len(architectures) != 1:
+        raise EngineError(
+            f"config.json of {artefact} names the architectures {architectures}, and one is needed. "
+            "Save the model again with save_pretrained."
+        )
+    if dtype == "auto":
+        dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    arguments = {
+        "--model": str(artefact),
+        "--served-model-name": name or artefact.name,
+        "--host": host,
+        "--port": str(port),
+        "--runner": "pooling",
+        "--hf-overrides": json.dumps({"architectures": [f"LlmRec{architectures[0]}"]}),
+        "--pooler-config": json.dumps({"task": "embed", "seq_pooling_type": "LAST"}),
+        "--dtype": dtype,
+        "--max-num-seqs": str(max_num_seqs),
+        "--block-size": "32",  # on a CPU the default is 128, and short prompts would never meet the prefix cache
+    }
+    if max_model_len is not None:
+        arguments["--max-model-len"] = str(max_model_len)
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += [part for pair in arguments.items() for part in pair]
+    command += ["--enforce-eager", "--no-enable-log-requests", *extra]
+    environment = os.environ | {
+        "VLLM_PLUGINS": "llmrec,llmrec_http",
+        ARCHITECTURES: architectures[0],
+        MAX_BEAMS: str(max_beams),
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return command, environment
+
+
+@contextmanager
+def running_server(
+    artefact: Path, port: int, log: Path, timeout: float = 600.0, **options: object
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Starts a server as a child that dies with this process, yields it at once, and ends it on the way out.
+
+    Args:
+        artefact: a checked artefact folder.
+        port: where it will listen, on 127.0.0.1.
+        log: file for what it prints.
+        timeout: seconds to wait for it to end when told to, before it is killed.
+        options: as for `server_command`.
+    """
+    command, environment = server_command(artefact, port=port, **options)  # type: ignore[arg-type]
+    environment[EXIT_WITH_PARENT] = str(os.getpid())
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "wb") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(min(timeout, 20.0))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path, timeout: float = 600.0) -> None:
+    """Returns when `/ready` answers; raises EngineError with the log's end if the server dies or takes too long."""
+    import httpx
+
+    begin = time.monotonic()
+    while time.monotonic() - begin < timeout:
+        if process.poll() is not None:
+            raise EngineError(
+                f"The server ended with code {process.returncode}; its log {log} ends with:\n{_tail(log)}\n"
+                "Mend what it names, or run `llmrec doctor`."
+            )
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/ready", timeout=5.0).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    raise EngineError(f"The server was not ready after {timeout:.0f} s; its log is {log}. Run `llmrec doctor`.")
+
+
+def _tail(log: Path, lines: int = 25) -> str:
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])

@@ -1,0 +1,112 @@
+"""Beam search against its definition, on models that are nothing but tables of random logits."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from factories import random_codes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmrec.beam import TrieTensors, beam_search
+from llmrec.trie import CatalogTrie
+
+VOCABULARY = 40
+
+
+class TableModel:
+    """Logits drawn per (request, prefix of tokens): a worst case for caches and parents, with ties if rounded."""
+
+    def __init__(self, seed: int, batch: int, rounded: bool) -> None:
+        self.seed, self.batch, self.rounded = seed, batch, rounded
+        self.paths: list[list[tuple[int, ...]]] = [[()] for _ in range(batch)]
+
+    def logits(self, request: int, path: tuple[int, ...]) -> torch.Tensor:
+        rng = np.random.default_rng([self.seed, request, *path])
+        values = rng.normal(size=VOCABULARY) * 2
+        return torch.from_numpy(np.round(values) if self.rounded else values)
+
+    def first(self) -> torch.Tensor:
+        return torch.stack([self.logits(request, ()) for request in range(self.batch)])
+
+    def step(self, tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
+        self.paths = [
+            [(*self.paths[r][p], t) for t, p in zip(tokens[r].tolist(), parents[r].tolist(), strict=True)]
+            for r in range(self.batch)
+        ]
+        return torch.stack([torch.stack([self.logits(r, path) for path in self.paths[r]]) for r in range(self.batch)])
+
+
+def definition(model, request, codes, token_ids, beams, excluded, renormalize):
+    """Beam search with Python lists: keep the best `beams` live prefixes per level, ties by code."""
+    live = [row for row in range(len(codes)) if row not in excluded]
+    prefixes = [((), 0.0)]
+    for level in range(codes.shape[1]):
+        grown = []
+        for prefix, score in prefixes:
+            path = tuple(int(token_ids[depth][code]) for depth, code in enumerate(prefix))
+            logits = model.logits(request, path)
+            legal = sorted({int(codes[row, level]) for row in live if tuple(codes[row, :level]) == prefix})
+            tokens = [int(token_ids[level][code]) for code in legal]
+            if renormalize:
+                # Legal means in the catalog and not excluded.
+                norm = logits[tokens].logsumexp(0)
+            else:
+                norm = logits.logsumexp(0)
+            grown += [((*prefix, code), score + float(logits[t] - norm)) for code, t in zip(legal, tokens, strict=True)]
+        prefixes = sorted(grown, key=lambda entry: (-round(entry[1], 9), entry[0]))[:beams]
+    row_of = {tuple(row): place for place, row in enumerate(codes.tolist())}
+    return [(row_of[prefix], score) for prefix, score in prefixes]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    num_items=st.integers(1, 40),
+    beams=st.integers(1, 50),
+    gone=st.integers(0, 45),
+    renormalize=st.booleans(),
+    rounded=st.booleans(),
+)
+def test_beam_search_is_its_definition(seed, num_items, beams, gone, renormalize, rounded):
+    sizes = (3, 4, 5)
+    rng = np.random.default_rng(seed)
+    codes = random_codes(seed, num_items, sizes)
+    ids = rng.permutation(VOCABULARY)[: sum(sizes)]
+    token_ids = np.split(ids, np.cumsum(sizes)[:-1])
+    excluded = [rng.integers(0, num_items, size=min(gone, 30) * request) for request in range(3)]
+    model = TableModel(seed, 3, rounded)
+    trie = TrieTensors(CatalogTrie(codes), token_ids)
+    found = beam_search(model.first(), model.step, trie, beams, excluded, renormalize)
+    for request in range(3):
+        expected = definition(model, request, codes, token_ids, beams, set(excluded[request].tolist()), renormalize)
+        rows = [row for row in found.items[request].tolist() if row >= 0]
+        assert rows == [row for row, _ in expected]
+        assert np.allclose(found.scores[request, : len(rows)], [score for _, score in expected], atol=1e-12)
+        assert (found.items[request, len(rows) :] == -1).all()
+        assert torch.isinf(found.scores[request, len(rows) :]).all()
+        assert len(set(rows)) == len(rows)
+        left = num_items - len(set(excluded[request].tolist()))
+        assert len(rows) == min(beams, left)
+
+
+def test_scores_by_hand():
+    # Two items, <0, 0> and <1, 0>, in a vocabulary of four; the first token's logits are ln 1, ln 2, ln 3, ln 4.
+    trie = TrieTensors(CatalogTrie(np.array([[0, 0], [1, 0]])), [np.array([0, 2]), np.array([1])])
+    first = torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=torch.float64).log()
+    found = beam_search(first, lambda tokens, parents: torch.zeros((1, 2, 4), dtype=torch.float64), trie, 2)
+    assert found.items.tolist() == [[1, 0]]
+    expected = [math.log(3 / 10) + math.log(1 / 4), math.log(1 / 10) + math.log(1 / 4)]
+    assert found.scores[0].tolist() == pytest.approx(expected, abs=1e-15)
+    again = beam_search(
+        first, lambda tokens, parents: torch.zeros((1, 2, 4), dtype=torch.float64), trie, 2, renormalize=True
+    )
+    assert again.scores[0].tolist() == pytest.approx([math.log(3 / 4), math.log(1 / 4)], abs=1e-15)
+
+
+def test_half_precision_logits_are_summed_in_float32():
+    trie = TrieTensors(CatalogTrie(np.array([[0], [1]])), [np.array([0, 1])])
+    found = beam_search(torch.tensor([[0.0, 1.0]], dtype=torch.bfloat16), lambda *_: torch.empty(0), trie, 2)
+    assert found.scores.dtype == torch.float32
+    assert found.scores[0].tolist() == pytest.approx([-0.3132617, -1.3132617], abs=1e-6)

@@ -1,0 +1,68 @@
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from llmrec.storage import atomic_folder, atomic_path, sha256_of, write_json
+
+
+class Boom(Exception):
+    pass
+
+
+def test_atomic_path_replaces_only_on_a_clean_exit(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file"
+    with atomic_path(path) as temporary:
+        temporary.write_text("old")
+        assert not path.exists()
+    assert path.read_text() == "old"
+    with pytest.raises(Boom), atomic_path(path) as temporary:
+        temporary.write_text("torn")
+        raise Boom
+    assert path.read_text() == "old"
+    assert [file.name for file in path.parent.iterdir()] == ["file"]
+
+
+def test_atomic_folder_replaces_the_whole_folder_only_on_a_clean_exit(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "folder"
+    with atomic_folder(path) as temporary:
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "a").write_text("1")
+        assert not path.exists()
+    with pytest.raises(Boom), atomic_folder(path) as temporary:
+        (temporary / "b").write_text("torn")
+        raise Boom
+    assert [file.relative_to(path).as_posix() for file in sorted(path.rglob("*"))] == ["sub", "sub/a"]
+    with atomic_folder(path) as temporary:
+        (temporary / "c").write_text("2")
+    assert [file.name for file in path.iterdir()] == ["c"]
+    assert [file.name for file in path.parent.iterdir()] == ["folder"]
+
+
+def test_atomic_folder_clears_what_an_earlier_crash_left(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "x") as temporary:
+        name = temporary.name
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "leftover").touch()
+    with atomic_folder(tmp_path / "x") as temporary:
+        (temporary / "new").touch()
+    assert [file.name for file in (tmp_path / "x").iterdir()] == ["new"]
+
+
+def test_write_json_keeps_the_old_file_when_a_value_cannot_be_written(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"title": "Füße", "n": 1})
+    assert "Füße" in path.read_text(encoding="utf-8")
+    assert json.loads(path.read_text(encoding="utf-8")) == {"title": "Füße", "n": 1}
+    for bad in ({"x": float("nan")}, {"x": object()}):
+        with pytest.raises((ValueError, TypeError)):
+            write_json(path, bad)
+    assert json.loads(path.read_text(encoding="utf-8"))["n"] == 1
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1])
+def test_sha256_of_reads_every_byte(tmp_path: Path, size: int) -> None:
+    content = bytes(i * 31 % 251 for i in range(1000)) * (size // 1000 + 1)
+    (tmp_path / "x").write_bytes(content[:size])
+    assert sha256_of(tmp_path / "x") == hashlib.sha256(content[:size]).hexdigest()

@@ -1,0 +1,202 @@
+"""Fine-tunes a causal language model to continue a history with the next item's semantic ID, and saves the artefact.
+
+From scratch, a small Llama on semantic IDs alone:
+
+    accelerate launch train/sft.py --config train/recipes/llama_scratch.yaml \
+        --semantic_ids runs/ids --interactions interactions.parquet --artefact runs/artefact
+
+A checkpoint from the Hub with LoRA:
+
+    accelerate launch train/sft.py --config train/recipes/gpt2_lora.yaml --backbone gpt2 \
+        --semantic_ids runs/ids --interactions interactions.parquet --artefact runs/artefact
+
+Flags override the recipe. An interrupted run continues from its newest whole checkpoint; `--fresh` begins anew.
+"""
+
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmrec.backbones.causal_lm import BackboneArguments
+from llmrec.data.columns import ITEM, POSITION, TIMESTAMP, USER, ColumnNames
+from llmrec.exceptions import BackboneError, DataError
+
+if TYPE_CHECKING:
+    from trl import SFTConfig, TrlParser
+
+logger = logging.getLogger("llmrec.train.sft")
+
+
+@dataclass
+class DataArguments:
+    """What to train on, and where the artefact goes."""
+
+    semantic_ids: str = field(metadata={"help": "Folder that semantic_ids/build.py wrote."})
+    interactions: str = field(metadata={"help": "Interactions: parquet, csv, tsv or jsonl, gzipped or not."})
+    artefact: str = field(metadata={"help": "Folder for the artefact."})
+    prompt: str = field(default="semantic_ids", metadata={"help": "Template in prompts/ by its name, or a .jinja file."})
+    supervision: str = field(
+        default="sequence",
+        metadata={
+            "help": "'sequence': one row a user, every item a target (bare prompts); 'next_item': one row a target.",
+            "choices": ["sequence", "next_item"],
+        },
+    )
+    max_history: int = field(default=20, metadata={"help": "Most recent items in a prompt."})
+    num_beams: int = field(default=50, metadata={"help": "Beams of a search, saved with the artefact."})
+    eval_users: int = field(
+        default=500, metadata={"help": "Validation users ranked at every evaluation, drawn with the seed; 0 for none."}
+    )
+    fresh: bool = field(default=False, metadata={"help": "Ignore the checkpoints of an earlier run."})
+    user_column: str = field(default=USER, metadata={"help": "The interactions' user column."})
+    item_column: str = field(default=ITEM, metadata={"help": "The interactions' item column."})
+    timestamp_column: str = field(default=TIMESTAMP, metadata={"help": "The interactions' time column, if any."})
+    position_column: str = field(default=POSITION, metadata={"help": "The interactions' order column, if any."})
+
+
+def make_parser() -> "TrlParser":
+    from trl import SFTConfig, TrlParser
+
+    return TrlParser((DataArguments, BackboneArguments, SFTConfig))
+
+
+def main(data: DataArguments, backbone: BackboneArguments, training: "SFTConfig") -> None:
+    import datasets
+    import numpy as np
+    import transformers
+    from trl import SFTTrainer
+
+    import llmrec
+    from llmrec.catalog import Catalog
+    from llmrec.data.interactions import Interactions
+    from llmrec.data.items import Items
+    from llmrec.data.split import leave_one_out
+    from llmrec.examples import next_item_rows, training_rows
+    from llmrec.prompt import Prompt
+    from llmrec.recommender import Recommender, Settings
+    from llmrec.stages import stage_path
+    from llmrec.training import RankingCallback, log_curve, newest_whole_checkpoint
+    from llmrec.vocabulary import PlainText, start_token
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    transformers.set_seed(training.seed)
+
+    catalog = Catalog.from_build(data.semantic_ids)
+    items = Items.read(Path(data.semantic_ids) / "items.jsonl")
+    columns = ColumnNames(
+        user=data.user_column, item=data.item_column, timestamp=data.timestamp_column, position=data.position_column
+    )
+    split = leave_one_out(Interactions.read(data.interactions, columns), items)
+    prompt = Prompt.read(data.prompt if data.prompt.endswith(".jinja") else stage_path(f"prompts/{data.prompt}.jinja"))
+
+    tokenizer, catalog = _tokenizer(backbone, catalog, items.texts())
+    text, start = PlainText(tokenizer), start_token(tokenizer)
+    rows = list(training_rows(prompt, catalog, split.train, text, start, data.max_history, data.supervision))
+    valid = list(
+        next_item_rows(
+            prompt, catalog, split.histories("valid"), split.targets("valid").tolist(), text, start, data.max_history
+        )
+    )
+    if not rows or not valid:
+        raise DataError(
+            f"{len(rows)} training rows and {len(valid)} validation rows are too few. "
+            "At least one user needs three interactions: one to train on, one to validate, one to test."
+        )
+    longest = max(len(row["input_ids"]) for row in [*rows, *valid])
+    settings = Settings(max_history=data.max_history, num_beams=data.num_beams, split=split.content_hash)
+    model, peft_config = _model(backbone, tokenizer, catalog, longest, training.seed)
+    logger.info(
+        "%s: %.2f M parameters, %d training rows, %d validation rows, longest row %d tokens",
+        type(model).__name__,
+        model.num_parameters() / 1e6,
+        len(rows),
+        len(valid),
+        longest,
+    )
+
+    training.output_dir = training.output_dir or f"{data.artefact}.checkpoints"
+    training.max_length = None  # rows are cut by items, in max_history; never inside one
+    training.dataset_kwargs = {"skip_prepare_dataset": True}
+    callbacks = []
+    if data.eval_users:
+        chosen = np.sort(
+            np.random.default_rng(training.seed).permutation(len(split.user_ids))[: data.eval_users]
+        )
+        histories, targets = split.histories("valid"), split.targets("valid")
+
+        def recommend(model: Any) -> Any:
+            recommender = Recommender(model, tokenizer, catalog, prompt, settings)
+            return lambda histories, k: recommender.recommend_rows(histories, k)[0]
+
+        callbacks = [RankingCallback(recommend, [histories[user] for user in chosen], targets[chosen])]
+    trainer = SFTTrainer(
+        model=model,
+        args=training,
+        train_dataset=datasets.Dataset.from_list(rows),
+        eval_dataset=datasets.Dataset.from_list(valid),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        callbacks=callbacks,
+    )
+    resume = None if data.fresh else newest_whole_checkpoint(training.output_dir)
+    if resume is not None:
+        logger.info("continuing from %s", resume)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.accelerator.wait_for_everyone()
+    if not trainer.is_world_process_zero():
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if peft_config is not None:
+        model = model.merge_and_unload()
+    settings.training = {
+        "data": asdict(data),
+        "backbone": asdict(backbone),
+        "trainer": training.to_diff_dict(),
+        "evaluations": log_curve(trainer.state.log_history),
+        "versions": {package.__name__: package.__version__ for package in (llmrec, transformers, datasets)},
+    }
+    Recommender(model.eval(), tokenizer, catalog, prompt, settings).save_pretrained(data.artefact)
+    logger.info("artefact saved to %s", data.artefact)
+
+
+def _tokenizer(backbone: BackboneArguments, catalog: Any, texts: list[str]) -> tuple[Any, Any]:
+    """A tokenizer of the checkpoint, or one trained on the items' texts, extended by the catalog's tokens."""
+    from transformers import AutoTokenizer
+
+    from llmrec.vocabulary import add_catalog_tokens, train_tokenizer
+
+    if backbone.backbone is None:
+        tokenizer = train_tokenizer(texts, backbone.text_vocab_size)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(backbone.backbone, revision=backbone.backbone_revision)
+        except (OSError, ValueError) as error:
+            raise BackboneError(
+                f"{backbone.backbone!r} has no tokenizer that loads: {error}. "
+                "Give a local folder or a Hub id, and check the network or HF_HUB_OFFLINE."
+            ) from error
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, add_catalog_tokens(tokenizer, catalog)
+
+
+def _model(backbone: BackboneArguments, tokenizer: Any, catalog: Any, longest: int, seed: int) -> tuple[Any, Any]:
+    """The model, and LoRA's configuration if it was asked for."""
+    from llmrec.backbones.causal_lm import from_checkpoint, from_scratch, lora_config
+
+    new_ids = [int(id) for level in catalog.require_tokens() for id in level]
+    if backbone.backbone is None:
+        if backbone.lora_rank:
+            raise BackboneError(
+                f"lora_rank is {backbone.lora_rank} for a model from scratch, whose frozen weights would stay random. "
+                "Name a checkpoint with --backbone, or leave LoRA out."
+            )
+        # Room for a few more items than the longest row has, so that a longer max_history can be tried when serving.
+        return from_scratch(backbone, tokenizer, max_positions=-(-2 * longest // 64) * 64), None
+    model = from_checkpoint(backbone, tokenizer, new_ids, seed)
+    return model, lora_config(backbone, model, new_ids) if backbone.lora_rank else None
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())
