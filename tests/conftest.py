@@ -132,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(200, body, ETag=etag, X_Repo_Commit=self.hub.sha(files))
         return self.answer(404, {})
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815  # http.server's name
 
     def do_POST(self) -> None:
         path = unquote(urlsplit(self.path).path)

@@ -234,7 +234,9 @@ def test_push_uploads_the_artefact_and_resolve_brings_it_back(artefact, fake_hub
     assert (Path(back.stdout.strip()) / "model.safetensors").read_bytes() == bytes(range(256)) * 9
 
 
-def test_push_removes_the_earlier_version_s_model_files_but_no_others(artefact, fake_hub, run_python, tmp_path) -> None:
+def test_push_removes_the_earlier_version_s_model_files_but_no_others(
+    artefact, fake_hub, run_python, tmp_path
+) -> None:
     earlier = {"model-00001-of-00002.safetensors": b"1", "catalog/old.jsonl": b"2", "plot.png": b"3"}
     fake_hub.repos["me/rec"] = {"main": dict(earlier)}
     pushed = run_python(PUSH.format(str(artefact), "me/rec", None, None), **fake_hub.variables(tmp_path / "home"))

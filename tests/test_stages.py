@@ -23,7 +23,13 @@ def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
         # Another distribution's folder beside the package must not be taken for a stage.
         (tmp_path / "train").mkdir()
         (tmp_path / "train" / "sft.py").write_text("raise SystemExit('not llmrec')")
-    for name in ("train/sft.py", "train/recipes/debug.yaml", "train/__pycache__/sft.pyc", "serve/.hidden", "other/x.py"):
+    for name in (
+        "train/sft.py",
+        "train/recipes/debug.yaml",
+        "train/__pycache__/sft.pyc",
+        "serve/.hidden",
+        "other/x.py",
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("import sys; print(*sys.argv[1:], sep='|')")
     monkeypatch.setattr(llmrec.stages, "__file__", str(package / "stages.py"))
@@ -39,7 +45,9 @@ def test_stage_files_are_found_in_a_checkout_and_in_a_wheel(layout: Path) -> Non
 
 
 @pytest.mark.parametrize("layout", [True], indirect=True)
-@pytest.mark.parametrize("name", ["", "sft.py", "train", "train/rl.py", "train/../other/x.py", "other/x.py", "/etc/passwd"])
+@pytest.mark.parametrize(
+    "name", ["", "sft.py", "train", "train/rl.py", "train/../other/x.py", "other/x.py", "/etc/passwd"]
+)
 def test_unknown_stage_names_those_that_exist(layout: Path, name: str) -> None:
     with pytest.raises(StageError, match=r"no stage file .* Name one of: .*train/sft\.py"):
         stage_path(name)

@@ -7,8 +7,13 @@ import pytest
 from llmrec.storage import atomic_folder, atomic_path, sha256_of, write_json
 
 
-class Boom(Exception):
+class BoomError(Exception):
     pass
+
+
+def _write_and_fail(file: Path) -> None:
+    file.write_text("torn")
+    raise BoomError
 
 
 def test_atomic_path_replaces_only_on_a_clean_exit(tmp_path: Path) -> None:
@@ -17,9 +22,8 @@ def test_atomic_path_replaces_only_on_a_clean_exit(tmp_path: Path) -> None:
         temporary.write_text("old")
         assert not path.exists()
     assert path.read_text() == "old"
-    with pytest.raises(Boom), atomic_path(path) as temporary:
-        temporary.write_text("torn")
-        raise Boom
+    with pytest.raises(BoomError), atomic_path(path) as temporary:
+        _write_and_fail(temporary)
     assert path.read_text() == "old"
     assert [file.name for file in path.parent.iterdir()] == ["file"]
 
@@ -30,9 +34,8 @@ def test_atomic_folder_replaces_the_whole_folder_only_on_a_clean_exit(tmp_path: 
         (temporary / "sub").mkdir()
         (temporary / "sub" / "a").write_text("1")
         assert not path.exists()
-    with pytest.raises(Boom), atomic_folder(path) as temporary:
-        (temporary / "b").write_text("torn")
-        raise Boom
+    with pytest.raises(BoomError), atomic_folder(path) as temporary:
+        _write_and_fail(temporary / "b")
     assert [file.relative_to(path).as_posix() for file in sorted(path.rglob("*"))] == ["sub", "sub/a"]
     with atomic_folder(path) as temporary:
         (temporary / "c").write_text("2")

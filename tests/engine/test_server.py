@@ -1,0 +1,134 @@
+"""The live vLLM server against transformers: the same items, the same scores."""
+
+import os
+import signal
+import time
+
+import httpx
+import psutil
+import pytest
+from factories import random_histories
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def assert_same(served, bodies):
+    """Every answer of the server is transformers' answer, within 1e-4 per log-probability."""
+    answers = served.post_all(bodies)
+    for body, answer in zip(bodies, answers, strict=True):
+        assert answer.status_code == 200, answer.text
+        got = answer.json()["items"]
+        options = {name: body[name] for name in ("exclude_seen", "num_beams") if name in body}
+        expected = served.recommender.recommend(body["history"], k=body["k"], **options)
+        assert [item["rank"] for item in got] == list(range(1, len(expected) + 1))
+        assert [item["title"] for item in got] == [
+            served.recommender.catalog.title(served.recommender.catalog.row(item["id"])) for item in got
+        ]
+        for item, wanted in zip(got, expected, strict=True):
+            assert item["log_probability"] == pytest.approx(wanted.log_probability, abs=1e-4)
+        # Two items whose scores differ by less than the two back ends' rounding may change places.
+        places = {item.item_id: item for item in expected}
+        for item, wanted in zip(got, expected, strict=True):
+            if item["id"] != wanted.item_id:
+                assert places[item["id"]].log_probability == pytest.approx(wanted.log_probability, abs=2e-5)
+
+
+def histories(seed, count, longest=24):
+    return [[f"item-{row}" for row in rows] for rows in random_histories(seed, 500, count, longest)]
+
+
+def test_mixed_lengths_in_one_batch(llama_server):
+    assert_same(llama_server, [{"history": history, "k": 10} for history in histories(1, 48)])
+
+
+def test_prefix_cache_changes_nothing(llama_server):
+    bodies = [{"history": history, "k": 10} for history in histories(2, 6)]
+    bodies += [{"history": body["history"][:-1], "k": 10} for body in bodies if body["history"]]
+    assert_same(llama_server, bodies)
+    assert_same(llama_server, bodies)
+
+
+def test_mixed_widths_and_options_in_one_batch(llama_server):
+    some = histories(3, 12)
+    bodies = [{"history": h, "k": 1 + 7 * i, "num_beams": 5 * (i + 1)} for i, h in enumerate(some)]
+    bodies += [{"history": h, "k": 10, "exclude_seen": False} for h in some]
+    assert_same(llama_server, bodies)
+
+
+def test_wide_search_reaches_the_whole_catalog(llama_server):
+    answer = llama_server.post(history=["item-3"], k=500)
+    items = [item["id"] for item in answer.json()["items"]]
+    assert len(items) == len(set(items)) == 499
+    assert "item-3" not in items
+    assert_same(llama_server, [{"history": ["item-3", "item-4"], "k": 20, "num_beams": 500}])
+
+
+def test_fewer_remain_than_asked_for(llama_server):
+    history = [f"item-{row}" for row in range(497)]
+    answer = llama_server.post(history=history, k=10).json()["items"]
+    assert sorted(item["id"] for item in answer) == ["item-497", "item-498", "item-499"]
+    assert llama_server.post(history=[f"item-{row}" for row in range(500)], k=10).json()["items"] == []
+
+
+def test_empty_history_is_answered(llama_server):
+    assert_same(llama_server, [{"history": [], "k": 5}])
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"history": ["item-1", "nowhere"], "k": 3}, "'nowhere'"),
+        ({"history": ["item-1"], "k": 0}, "greater than or equal to 1"),
+        ({"history": ["item-1"], "k": 601}, "at most 600"),
+        ({"history": ["item-1"], "num_beams": 0}, "greater than or equal to 1"),
+        ({"history": "item-1"}, "list"),
+        ({"k": 3}, "history"),
+        ({"history": [], "kk": 3}, "kk"),
+    ],
+)
+def test_requests_that_cannot_be_answered(llama_server, body, said):
+    answer = llama_server.post(**body)
+    assert 400 <= answer.status_code < 500
+    assert said in answer.text
+    assert llama_server.post(history=["item-1"], k=1).status_code == 200
+
+
+def test_unknown_items_are_ignored_on_request(llama_server):
+    with_unknown = llama_server.post(history=["item-1", "nowhere"], k=3, ignore_unknown=True).json()["items"]
+    assert with_unknown == llama_server.post(history=["item-1"], k=3).json()["items"]
+
+
+def test_routes(llama_server):
+    def get(path):
+        return httpx.get(f"{llama_server.url}{path}", timeout=30.0)
+
+    assert get("/health").status_code == 200
+    ready = get("/ready").json()
+    assert ready == {"ready": True, "items": 500, "catalog_version": llama_server.recommender.catalog.version}
+    assert [model["id"] for model in get("/v1/models").json()["data"]] == ["artefact"]
+    assert "/v1/recommend" in get("/openapi.json").json()["paths"]
+    assert get("/docs").status_code == 200
+    for hidden in ("/pooling", "/v1/embeddings"):
+        assert httpx.post(f"{llama_server.url}{hidden}", json={"input": "x"}, timeout=30.0).status_code == 404
+
+
+def test_gpt2_with_chunked_prefill(gpt2_server):
+    assert_same(gpt2_server, [{"history": history, "k": 10} for history in histories(4, 32)])
+
+
+def test_killing_the_server_leaves_no_process(gpt2_server):
+    """Last: it ends the GPT-2 server."""
+    family = [gpt2_server.process, *gpt2_server.process.children(recursive=True)]
+    assert len(family) > 1
+    os.kill(gpt2_server.process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and any(_alive(process) for process in family):
+        time.sleep(0.2)
+    assert [process for process in family if _alive(process)] == []
+
+
+def _alive(process):
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
