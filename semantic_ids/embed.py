@@ -22,8 +22,8 @@ EXAMPLES = """examples:
   python semantic_ids/embed.py --items items.jsonl.gz --out run/embeddings
   python semantic_ids/embed.py --items items.csv --item-column asin --title-column name \\
       --text-columns brand description --out run/embeddings
-  python semantic_ids/embed.py --items items.parquet --model BAAI/bge-base-en-v1.5 --max-tokens 256 --out run/embeddings
-  python semantic_ids/embed.py --config semantic_ids/recipes/embed_minilm.yaml --items items.parquet --out run/embeddings
+  python semantic_ids/embed.py --items items.parquet --model BAAI/bge-base-en-v1.5 --max-tokens 256 --out run/bge
+  python semantic_ids/embed.py --config semantic_ids/recipes/embed_minilm.yaml --items items.parquet --out run/minilm
 """
 
 

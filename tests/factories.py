@@ -22,7 +22,9 @@ def random_codes(seed: int, num_items: int, sizes: tuple[int, ...]) -> np.ndarra
 
 
 def random_catalog(seed: int = 0, num_items: int = 40, sizes: tuple[int, ...] = (5, 4, 6)) -> Catalog:
-    items = [{"item_id": f"item-{row}", "title": f"Title {row}", "brand": f"Brand {row % 3}"} for row in range(num_items)]
+    items = [
+        {"item_id": f"item-{row}", "title": f"Title {row}", "brand": f"Brand {row % 3}"} for row in range(num_items)
+    ]
     return Catalog(items, random_codes(seed, num_items, sizes), sizes)
 
 
@@ -43,7 +45,11 @@ def random_recommender(
     tokenizer = train_tokenizer(["a customer bought a title and a brand"], vocab_size=300)
     catalog = add_catalog_tokens(tokenizer, catalog)
     arguments = BackboneArguments(
-        model_type=model_type, hidden_size=hidden_size, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96
+        model_type=model_type,
+        hidden_size=hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=96,
     )
     torch.manual_seed(seed)
     model = from_scratch(arguments, tokenizer, max_positions)

@@ -54,7 +54,9 @@ def definition(model, request, codes, token_ids, beams, excluded, renormalize):
                 norm = logits[tokens].logsumexp(0)
             else:
                 norm = logits.logsumexp(0)
-            grown += [((*prefix, code), score + float(logits[t] - norm)) for code, t in zip(legal, tokens, strict=True)]
+            grown += [
+                ((*prefix, code), score + float(logits[t] - norm)) for code, t in zip(legal, tokens, strict=True)
+            ]
         prefixes = sorted(grown, key=lambda entry: (-round(entry[1], 9), entry[0]))[:beams]
     row_of = {tuple(row): place for place, row in enumerate(codes.tolist())}
     return [(row_of[prefix], score) for prefix, score in prefixes]

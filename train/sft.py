@@ -35,7 +35,9 @@ class DataArguments:
     semantic_ids: str = field(metadata={"help": "Folder that semantic_ids/build.py wrote."})
     interactions: str = field(metadata={"help": "Interactions: parquet, csv, tsv or jsonl, gzipped or not."})
     artefact: str = field(metadata={"help": "Folder for the artefact."})
-    prompt: str = field(default="semantic_ids", metadata={"help": "Template in prompts/ by its name, or a .jinja file."})
+    prompt: str = field(
+        default="semantic_ids", metadata={"help": "Template in prompts/ by its name, or a .jinja file."}
+    )
     supervision: str = field(
         default="sequence",
         metadata={
@@ -76,7 +78,7 @@ def main(data: DataArguments, backbone: BackboneArguments, training: "SFTConfig"
     from llmrec.prompt import Prompt
     from llmrec.recommender import Recommender, Settings
     from llmrec.stages import stage_path
-    from llmrec.training import RankingCallback, log_curve, newest_whole_checkpoint
+    from llmrec.training import RankingCallback, checkpoint_to_resume, log_curve
     from llmrec.vocabulary import PlainText, start_token
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -115,19 +117,18 @@ def main(data: DataArguments, backbone: BackboneArguments, training: "SFTConfig"
         longest,
     )
 
-    training.output_dir = training.output_dir or f"{data.artefact}.checkpoints"
+    if training.output_dir == type(training)().output_dir:  # none was named
+        training.output_dir = f"{data.artefact.rstrip('/')}.checkpoints"
     training.max_length = None  # rows are cut by items, in max_history; never inside one
     training.dataset_kwargs = {"skip_prepare_dataset": True}
     callbacks = []
     if data.eval_users:
-        chosen = np.sort(
-            np.random.default_rng(training.seed).permutation(len(split.user_ids))[: data.eval_users]
-        )
+        chosen = np.sort(np.random.default_rng(training.seed).permutation(len(split.user_ids))[: data.eval_users])
         histories, targets = split.histories("valid"), split.targets("valid")
 
         def recommend(model: Any) -> Any:
             recommender = Recommender(model, tokenizer, catalog, prompt, settings)
-            return lambda histories, k: recommender.recommend_rows(histories, k)[0]
+            return lambda histories, k: recommender.recommend_rows(histories, k, num_beams=20)[0]
 
         callbacks = [RankingCallback(recommend, [histories[user] for user in chosen], targets[chosen])]
     trainer = SFTTrainer(
@@ -139,7 +140,9 @@ def main(data: DataArguments, backbone: BackboneArguments, training: "SFTConfig"
         peft_config=peft_config,
         callbacks=callbacks,
     )
-    resume = None if data.fresh else newest_whole_checkpoint(training.output_dir)
+    # Checkpoints of another run (other data, sizes or hyperparameters) are not continued.
+    described = [asdict(data), asdict(backbone), training.to_dict(), split.content_hash, catalog.version]
+    resume = checkpoint_to_resume(training.output_dir, described, fresh=data.fresh)
     if resume is not None:
         logger.info("continuing from %s", resume)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)

@@ -3,6 +3,7 @@
 from llmrec.data.columns import ITEM, POSITION, TIMESTAMP, TITLE, USER, ColumnNames
 from llmrec.data.interactions import Interactions
 from llmrec.data.items import Items
+from llmrec.data.sample import make_sample
 from llmrec.data.split import Split, leave_one_out
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "Items",
     "Split",
     "leave_one_out",
+    "make_sample",
 ]

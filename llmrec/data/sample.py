@@ -66,14 +66,26 @@ _DEPARTMENTS: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     "Garden & Workshop": (
         ("Fernhollow", "Greenacre", "Torquemade", "Ironbark", "Handley"),
         {
-            "Gardening": ("Raised Garden Bed", "Potting Soil", "Heirloom Seed Kit", "Drip Irrigation Kit", "Plant Food"),
+            "Gardening": (
+                "Raised Garden Bed",
+                "Potting Soil",
+                "Heirloom Seed Kit",
+                "Drip Irrigation Kit",
+                "Plant Food",
+            ),
             "Power Tools": ("Cordless Drill", "Drill Bit Set", "Spare Battery", "Tool Belt", "Workbench Clamp Set"),
         },
     ),
     "Books & Games": (
         ("Larkspur Press", "Moonlit Harbor", "Foxglove House", "Meeple Forge", "Sixth Lantern"),
         {
-            "Fantasy Novels": ("Novel, Book One", "Novel, Book Two", "Novel, Book Three", "Companion Atlas", "Art Book"),
+            "Fantasy Novels": (
+                "Novel, Book One",
+                "Novel, Book Two",
+                "Novel, Book Three",
+                "Companion Atlas",
+                "Art Book",
+            ),
             "Board Games": ("Board Game", "Sea Expansion", "Frost Expansion", "Neoprene Playmat", "Card Sleeves"),
         },
     ),
@@ -88,7 +100,13 @@ _DEPARTMENTS: dict[str, tuple[tuple[str, ...], dict[str, tuple[str, ...]]]] = {
         ("Keystrom", "Nullpoint", "Vantaq", "Pixelforge", "Corvid Labs"),
         {
             "Desk Setup": ("Mechanical Keyboard", "Gaming Mouse", "Desk Mat", "Wrist Rest", "Keycap Set"),
-            "Home Network": ("Mesh Wi-Fi Router", "Network Switch", "Ethernet Cable Set", "NAS Enclosure", "Rack Shelf"),
+            "Home Network": (
+                "Mesh Wi-Fi Router",
+                "Network Switch",
+                "Ethernet Cable Set",
+                "NAS Enclosure",
+                "Rack Shelf",
+            ),
         },
     ),
 }
@@ -218,7 +236,7 @@ class _Shop:
 
 def _history(shop: _Shop, length: int, random_: _Random) -> list[int]:
     departments = list(range(len(_DEPARTMENTS)))
-    # Departments differ in popularity, and a user cares for two or three of them.
+    # Departments differ in popularity, and a user cares for one to three of them.
     popularity = [1.0 / (1 + department) ** 0.3 for department in departments]
     favourites = [random_.pick(list(accumulate(popularity))) for _ in range(3)]
     taste = list(accumulate((12.0 * favourites.count(d) + 0.3) for d in departments))

@@ -86,9 +86,7 @@ def leave_one_out(interactions: Interactions, items: Items, min_history: int = 3
             `items`, or no user is long enough.
     """
     if min_history < 3:
-        raise DataError(
-            f"min_history is {min_history}, but test and validation alone take two items. Give 3 or more."
-        )
+        raise DataError(f"min_history is {min_history}, but test and validation alone take two items. Give 3 or more.")
     frame = interactions.frame
     rows = _rows_of(frame[ITEM], items)
     # The frame is sorted by user, so a user is a run of rows.

@@ -1,19 +1,15 @@
 """Reading a table that a user brought: parquet, CSV, TSV or JSON lines, compressed or not; every fault is located."""
 
 import gzip
-import io
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Literal, NoReturn
 
 import polars as pl
 from polars.exceptions import PolarsError
 
 from llmrec.exceptions import DataError
-
-logger = logging.getLogger(__name__)
 
 Format = Literal["parquet", "delimited", "jsonl"]
 
@@ -149,20 +145,21 @@ def _text_format(path: Path) -> tuple[Format, str]:
     return kind, next((separator for separator in preferred if separator in line), preferred[0])
 
 
-def _raise_located(path: Path, error: Exception) -> None:
+def _raise_located(path: Path, error: Exception) -> NoReturn:
     """Turns a reader's error into one that names the line; reads the file once more, which only a failure pays for."""
-    kind = "jsonl" if any(suffix.lower() in (".jsonl", ".ndjson", ".json") for suffix in path.suffixes) else "other"
+    is_json = any(_TEXT_FORMATS.get(suffix.lower()) == "jsonl" for suffix in path.suffixes)
     try:
         for number, line in enumerate(_lines(path), start=1):
             try:
-                value: Any = line.decode("utf-8")
+                text = line.decode("utf-8")
             except UnicodeDecodeError as fault:
                 shown = line[max(0, fault.start - 10) : fault.start + 10]
                 raise DataError(
                     f"{path}, line {number}: {shown!r} is not UTF-8. Convert the file, for example with iconv."
                 ) from error
-            if kind == "jsonl" and value.strip():
-                _check_object(path, number, value, error)
+            is_json = is_json or (number == 1 and text.lstrip().startswith("{"))
+            if is_json and text.strip():
+                _check_object(path, number, text, error)
     except (OSError, EOFError) as fault:
         raise DataError(f"{path} cannot be decompressed: {fault}. Fetch it again; it may be cut short.") from error
     raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}. {_READABLE}.") from error
@@ -186,7 +183,5 @@ def _lines(path: Path) -> Iterator[bytes]:
         magic = file.read(4)
     if magic in (b"PAR1", b"\x28\xb5\x2f\xfd"):  # no lines to look at
         return
-    file_object: IO[bytes] | gzip.GzipFile
-    file_object = gzip.open(path, "rb") if magic[:2] == b"\x1f\x8b" else open(path, "rb")
-    with io.BufferedReader(file_object) as lines:  # type: ignore[arg-type]
+    with gzip.open(path, "rb") if magic[:2] == b"\x1f\x8b" else path.open("rb") as lines:
         yield from lines

@@ -73,6 +73,4 @@ def cooccurrence_embeddings(
         DataError: if a history holds a row outside the catalog, or the window is not positive.
     """
     information = positive_pmi(cooccurrence(train, num_items, window))
-    has_signal = np.asarray(information.sum(axis=1)).ravel() > 0
-    # The solver leaves rounding noise in rows that are 0; scaled to norm 1 it would pass for a signal.
-    return unit_rows(np.where(has_signal[:, None], principal_coordinates(information, dim, seed), 0))
+    return unit_rows(principal_coordinates(information, dim, seed))

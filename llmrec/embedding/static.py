@@ -32,7 +32,7 @@ def static_embeddings(texts: Sequence[str], dim: int = 256, seed: int = 0) -> np
     if not any(text.strip() for text in texts):
         raise DataError(f"None of the {len(texts)} items has text. Name the columns that hold it.")
     # Any non-space run is a word here: the default pattern drops one-letter words and with them sizes ("M", "5").
-    words = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\S+", sublinear_tf=True, max_features=200_000)
-    characters = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 4), sublinear_tf=True, max_features=100_000)
+    words = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\S+", sublinear_tf=True, max_features=50_000)
+    characters = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 4), sublinear_tf=True, max_features=30_000)
     features = hstack([words.fit_transform(texts), characters.fit_transform(texts)], format="csr")
     return unit_rows(principal_coordinates(features, dim, seed))

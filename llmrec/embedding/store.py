@@ -33,7 +33,8 @@ class EmbeddingStore:
     ) -> None:
         """Raises DataError if ids repeat, or ids and vectors differ in number, or a vector is not finite."""
         self.item_ids = [str(item) for item in item_ids]
-        self.embeddings: npt.NDArray[np.float32] = np.asarray(embeddings, dtype=np.float32)
+        # asanyarray lets a memory map through.
+        self.embeddings: npt.NDArray[np.float32] = np.asanyarray(embeddings, dtype=np.float32)
         self.origin = dict(origin or {})
         if self.embeddings.ndim != 2 or len(self.embeddings) != len(self.item_ids):
             raise DataError(
@@ -67,7 +68,7 @@ class EmbeddingStore:
                 f"{len(missing)} item(s) have no embedding: {', '.join(map(repr, missing[:5]))}. "
                 "Run semantic_ids/embed.py on the same items and interactions."
             )
-        return self.embeddings[[self._rows[item] for item in item_ids]]
+        return np.asarray(self.embeddings[[self._rows[item] for item in item_ids]])
 
     def save(self, folder: str | Path) -> None:
         """Writes the folder, whole or not at all."""

@@ -158,7 +158,7 @@ def teach_beams(impl: Any) -> None:
         **kwargs: Any,
     ) -> torch.Tensor:
         if not isinstance(attn_metadata, BeamAttention):
-            return original.forward(  # type: ignore[no-any-return, attr-defined]
+            return original.forward(  # type: ignore[no-any-return]
                 self, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
             )
         output.copy_(attn_metadata.forward(query, key, value, self.scale).view_as(output))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ def server_command(
     dtype: str = "auto",
     max_num_seqs: int = 64,
     max_model_len: int | None = None,
-    kv_cache_gib: int = 1,
+    kv_cache_gib: float = 1,
     max_beams: int = 512,
     name: str | None = None,
     extra: Sequence[str] = (),
@@ -78,7 +79,7 @@ def server_command(
         "VLLM_PLUGINS": "llmrec,llmrec_http",
         ARCHITECTURES: architectures[0],
         MAX_BEAMS: str(max_beams),
-        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+        "VLLM_CPU_KVCACHE_SPACE": str(max(1, math.ceil(kv_cache_gib))),
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -156,7 +156,8 @@ def _filled(rows: Rows, order: npt.NDArray[np.int64], excluded: Rows, k: int) ->
         return np.asarray(rows, dtype=np.int64)
     taken = np.concatenate([rows, excluded])
     popular = order[: k + len(taken)]
-    return np.concatenate([rows, popular[~np.isin(popular, taken)][: k - len(rows)]]).astype(np.int64)
+    filled: npt.NDArray[np.int64] = np.append(rows, popular[~np.isin(popular, taken)][: k - len(rows)])
+    return filled.astype(np.int64)
 
 
 def _flattened(sequences: Sequence[Rows]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

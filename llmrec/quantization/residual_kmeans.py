@@ -90,7 +90,7 @@ class ResidualKMeans:
         return codes
 
     def decode(self, codes: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
-        """(N, L) -> (N, D), the sum of the levels' centroids; raises TokenizerError for a code outside its codebook."""
+        """(N, L) -> (N, D), the sum of the levels' centroids; raises TokenizerError for codes outside codebooks."""
         codebooks = self._fitted()
         codes = np.asarray(codes)
         if codes.ndim != 2 or codes.shape[1] != len(codebooks):

@@ -1,0 +1,191 @@
+import gzip
+import random
+import shutil
+import subprocess
+from datetime import UTC, datetime
+
+import polars as pl
+import pytest
+
+from llmrec.data.columns import ColumnNames
+from llmrec.data.interactions import Interactions
+from llmrec.exceptions import DataError
+
+
+def written(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def brute_force(rows):
+    """Users by first appearance, each ordered by the rule of the docstring; rows are (user, item, time, position)."""
+    users = {}
+    for place, row in enumerate(rows):
+        users.setdefault(row[0], []).append((*row, place))
+    histories = {}
+    for user, own in users.items():
+        timed = all(row[2] is not None for row in own)
+        placed = all(row[3] is not None for row in own)
+        own.sort(key=lambda row: (row[2] if timed else 0, row[3] if placed else 0, row[4]))
+        histories[user] = [row[1] for row in own]
+    return histories
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_order_equals_its_definition(seed):
+    rng = random.Random(seed)
+    gaps = rng.choice([0.0, 0.05])
+    rows = [
+        (
+            f"u{rng.randrange(12)}",
+            f"i{rng.randrange(1000)}",
+            None if rng.random() < gaps else rng.randrange(4),
+            None if rng.random() < gaps else rng.randrange(3),
+        )
+        for _ in range(rng.randrange(1, 120))
+    ]
+    for absent in ((), ("timestamp",), ("position",), ("timestamp", "position")):
+        seen = [
+            (u, i, None if "timestamp" in absent else t, None if "position" in absent else p) for u, i, t, p in rows
+        ]
+        schema = {"user_id": pl.String, "item_id": pl.String, "timestamp": pl.Int64, "position": pl.Int64}
+        frame = pl.DataFrame(seen, schema=schema, orient="row").drop(absent)
+        interactions = Interactions.from_frame(frame)
+        expected = brute_force(seen)
+        assert interactions.histories() == expected
+        assert list(interactions.histories()) == interactions.user_ids == list(expected)
+        again = Interactions.from_frame(interactions.frame)
+        assert again.frame.equals(interactions.frame)
+
+
+def test_rows_without_timestamp_are_counted_and_an_empty_column_is_absent():
+    frame = pl.DataFrame({"user_id": ["a", "a", "b"], "item_id": ["x", "y", "z"], "timestamp": [5, None, 1]})
+    assert Interactions.from_frame(frame).rows_without_timestamp == 1
+    empty = Interactions.from_frame(frame.with_columns(timestamp=pl.lit("")))
+    assert empty.rows_without_timestamp == 0
+    assert empty.frame.columns == ["user_id", "item_id"]
+
+
+CSV = "user_id,item_id,timestamp\n007,0012,20\n8,0012,10\n007,3,5\n"
+HISTORIES = {"007": ["3", "0012"], "8": ["0012"]}
+JSONL = '{"user_id": "007", "item_id": "0012", "timestamp": 20}\n{"user_id": 8, "item_id": "0012", "timestamp": 10}\n{"user_id": "007", "item_id": 3, "timestamp": 5}\n'  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", CSV),
+        ("a.csv", CSV.replace("\n", "\r\n")),
+        ("bom.csv", "\ufeff" + CSV),
+        ("a.tsv", CSV.replace(",", "\t")),
+        ("semicolons.csv", CSV.replace(",", ";")),
+        ("a.inter", CSV.replace(",", "\t").replace("_id", "_id:token").replace("stamp", "stamp:float")),
+        ("no_extension", CSV),
+        ("a.jsonl", JSONL),
+        ("no_extension", JSONL),
+    ],
+)
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+def test_every_text_format_reads_the_same(tmp_path, name, text, compression):
+    path = written(tmp_path / name, text)
+    if compression == ".gz":
+        path = written(tmp_path / f"{name}.gz", gzip.compress(path.read_bytes()))
+    elif compression == ".zst":
+        if not shutil.which("zstd"):
+            pytest.skip("no zstd command to compress with")
+        subprocess.run(["zstd", "-q", str(path)], check=True)
+        path = tmp_path / f"{name}.zst"
+    assert Interactions.read(path).histories() == HISTORIES
+
+
+def test_the_last_line_of_jsonl_may_bring_another_type_and_another_column(tmp_path):
+    first = "".join(f'{{"user_id": 1, "item_id": {n}}}\n' for n in range(2000))
+    path = written(tmp_path / "a.jsonl", first + '{"user_id": "x", "item_id": "y", "timestamp": 5}\n')
+    interactions = Interactions.read(path)
+    assert interactions.histories() == {"1": [str(n) for n in range(2000)], "x": ["y"]}
+    assert interactions.rows_without_timestamp == 2000
+
+
+def test_parquet_of_any_name_keeps_integers_and_floats_that_are_integers(tmp_path):
+    frame = pl.DataFrame({"userId": [7, 8, 7], "movieId": [12.0, 12.0, 3.0], "time": [20.5, 10, 5]})
+    frame.write_parquet(tmp_path / "log.data")
+    interactions = Interactions.read(tmp_path / "log.data")
+    assert interactions.histories() == {"7": ["3", "12"], "8": ["12"]}
+    assert interactions.frame["timestamp"].to_list() == [5, 20.5, 10]
+
+
+def test_dates_become_unix_seconds():
+    moments = [datetime(2024, 1, 2, tzinfo=UTC), datetime(2024, 1, 1, tzinfo=UTC)]
+    frame = pl.DataFrame({"user_id": ["a", "a"], "item_id": ["x", "y"], "timestamp": moments})
+    expected = [1704067200, 1704153600]
+    assert Interactions.from_frame(frame).frame["timestamp"].to_list() == expected
+    dates = frame.with_columns(pl.col("timestamp").dt.date())
+    assert Interactions.from_frame(dates).frame["timestamp"].to_list() == expected
+
+
+def test_long_integers_keep_their_last_digit():
+    frame = pl.DataFrame({"user_id": ["a", "a"], "item_id": ["x", "y"], "timestamp": [10**18 + 1, 10**18]})
+    for read in (frame, frame.with_columns(pl.col("timestamp").cast(pl.String))):
+        assert Interactions.from_frame(read).histories() == {"a": ["y", "x"]}
+
+
+def test_write_and_read(tmp_path):
+    interactions = Interactions.read(written(tmp_path / "a.csv", CSV))
+    interactions.write(tmp_path / "deep" / "log.parquet")
+    again = Interactions.read(tmp_path / "deep" / "log.parquet")
+    assert again.frame.equals(interactions.frame)
+    assert again.user_ids == ["007", "8"]
+
+
+def test_columns_are_remapped(tmp_path):
+    path = written(tmp_path / "a.csv", "who,item_id,what,when\na,0,x,2\na,0,y,1\n")
+    columns = ColumnNames(user="who", item="what", timestamp="when")
+    assert Interactions.read(path, columns).histories() == {"a": ["y", "x"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "", r"a\.csv is empty"),
+        ("a.csv", "user_id,item_id\n", r"a\.csv has no rows"),
+        ("a.jsonl", "\n", r"a\.jsonl.*no rows|a\.jsonl cannot be read"),
+        ("a.csv", "user_id,item_id\nu,i\n,j\n", r"a\.csv, row 2 of 2: user_id is None"),
+        ("a.csv", 'user_id,item_id\nu,i\nu,"  "\nu,\n', r"a\.csv, row 2 of 3: item_id is '  '.*2 such row"),
+        ("a.jsonl", '{"user_id": "u", "item_id": "i"}\n{"user_id": "u"}\n', r"row 2 of 2: item_id is None"),
+        ("a.jsonl", '{"user_id": "u", "item_id": "i"}\n{"user_id": "u",\n', r"a\.jsonl, line 2: .*is not JSON"),
+        ("a.jsonl", '{"user_id": "u", "item_id": "i"}\n["u", "i"]\n', r"line 2: .*no JSON object"),
+        ("a.jsonl", '{"user_id": "u", "item_id": 1.5}\n', r"row 1: item_id is 1\.5"),
+        ("a.jsonl", '{"user_id": "u", "item_id": ["i"]}\n', r"item_id holds List"),
+        ("a.csv", b"user_id,item_id\nu,i\nu,caf\xe9\n", r"a\.csv, line 3: .*xe9.*not UTF-8"),
+        ("a.csv", "user_id,item_id,timestamp\nu,i,1\nu,j,monday\n", r"row 2 of 2: timestamp is 'monday'"),
+        ("a.csv", "user_id,item_id,timestamp\nu,i,1\nu,j,inf\n", r"row 2 of 2: timestamp is 'inf'"),
+        ("a.csv", "user_id,item_id,position\nu,i,first\n", r"row 1 of 1: position is 'first'"),
+        ("a.csv", "user_id,item_id\nu,i\nu,j,k,l\n", r"a\.csv cannot be read"),
+        ("a.csv", "user_id,thing\nu,i\n", r"a\.csv has no column 'item_id'.*'user_id', 'thing'.*--item-column"),
+        ("a.csv.gz", gzip.compress(CSV.encode() * 500)[:-30], r"a\.csv\.gz cannot be"),
+        ("a.parquet", b"PAR1 cut short", r"a\.parquet cannot be read"),
+    ],
+)
+def test_faults_are_located(tmp_path, name, text, message):
+    with pytest.raises(DataError, match=message) as caught:
+        Interactions.read(written(tmp_path / name, text))
+    assert str(caught.value).count(". ") >= 1  # what is wrong, and what to do
+
+
+def test_bytes_that_are_not_utf8_are_found_inside_gzip(tmp_path):
+    path = written(tmp_path / "a.csv.gz", gzip.compress(b"user_id,item_id\nu,\xff\n"))
+    with pytest.raises(DataError, match=r"line 2: .*not UTF-8"):
+        Interactions.read(path)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"no file .*nowhere\.csv"):
+        Interactions.read(tmp_path / "nowhere.csv")
+    with pytest.raises(DataError, match="no file"):
+        Interactions.read(tmp_path)
+
+
+def test_a_gap_in_parquet_ids_is_found(tmp_path):
+    pl.DataFrame({"user_id": ["a", "b"], "item_id": [1.0, float("nan")]}).write_parquet(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="row 2 of 2: item_id is None"):
+        Interactions.read(tmp_path / "a.parquet")

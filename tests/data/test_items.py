@@ -1,0 +1,136 @@
+import polars as pl
+import pytest
+
+from llmrec.data.columns import ColumnNames
+from llmrec.data.interactions import Interactions
+from llmrec.data.items import MAX_TEXT, Items
+from llmrec.exceptions import DataError
+
+
+def items_of(**columns):
+    return Items.from_frame(pl.DataFrame(columns, strict=False))
+
+
+def test_ids_and_titles_stand_in_file_order(tmp_path):
+    (tmp_path / "items.csv").write_text("asin,name,price\n007,B,1\n1,A,2\n")
+    items = Items.read(tmp_path / "items.csv")
+    assert items.ids == ["007", "1"]
+    assert items.titles == ["B", "A"]
+    assert items.frame.columns == ["item_id", "title", "price"]
+    assert len(items) == 2
+
+
+def test_an_items_own_id_column_may_be_called_id():
+    assert items_of(id=[3, 4], title=["x", "y"]).ids == ["3", "4"]
+
+
+def test_text_is_cleaned():
+    items = items_of(item_id=["a"], title=[" Salt &amp;\n\tPepper &#39;n&#39; Oil "], about=["<b>x  y"])
+    assert items.titles == ["Salt & Pepper 'n' Oil"]
+    assert items.frame["about"].to_list() == ["<b>x y"]
+
+
+def test_lists_are_joined(tmp_path):
+    (tmp_path / "items.jsonl").write_text(
+        '{"item_id": "a", "title": "T", "tags": ["x", null, "y"], "tree": [["p", "q"], ["r"]]}\n'
+        '{"item_id": "b", "title": "U", "tags": [], "tree": null}\n'
+    )
+    items = Items.read(tmp_path / "items.jsonl")
+    assert items.frame["tags"].to_list() == ["x, y", None]
+    assert items.frame["tree"].to_list() == ["p, q, r", None]
+    assert items.texts() == ["T. tags: x, y. tree: p, q, r.", "U."]
+
+
+def test_a_missing_title_is_the_first_text_and_else_the_id():
+    items = items_of(
+        item_id=["a", "b", "c", "d"],
+        title=["", None, "  ", "Known"],
+        image_url=["http://x/1"] * 4,
+        brand=["Acme", None, ".", "B"],
+        about=["long", "some words " * 30, None, "x"],
+    )
+    assert items.titles[0] == "Acme"
+    assert items.titles[1] == ("some words " * 11)[:-1]  # whole words, at most 120 characters
+    assert items.titles[2:] == ["c", "Known"]
+    assert items.missing_titles == 3
+
+
+def test_a_table_without_titles_has_those_it_can_make():
+    items = items_of(item_id=["a", "b"], keywords=["tent pole", None])
+    assert items.titles == ["tent pole", "b"]
+    assert items.texts() == ["tent pole.", "b."]
+
+
+def test_texts_leave_out_ids_links_and_numbers():
+    items = items_of(
+        item_id=["a", "b"],
+        title=["Lamp.", "Desk"],
+        parent_asin=["B0", "B1"],
+        brand_id=["n1", "n2"],
+        cover=["https://x/a.jpg", "https://x/b.jpg"],
+        image_link=["a.jpg", "b.jpg"],
+        price=["$1,299.00", "7.5"],
+        weight=[1.5, 2.0],
+        in_stock=[True, False],
+        main_category=["Home", None],
+        year_text=["1990s", "2001"],
+        description=["Lamp", "?!"],
+    )
+    assert items.texts() == ["Lamp. main category: Home. year text: 1990s.", "Desk. year text: 2001."]
+
+
+def test_chosen_columns_are_used_whatever_they_hold():
+    items = items_of(item_id=["a"], title=["Lamp"], price=[7.5], brand=["Acme"], extra=["z"])
+    assert items.texts(["brand", "price"]) == ["Lamp. brand: Acme. price: 7.5."]
+    assert items.texts([]) == ["Lamp."]
+    with pytest.raises(DataError, match=r"no column 'colour'"):
+        items.texts(["colour"])
+
+
+def test_columns_chosen_on_reading_hold_for_texts_and_survive_with_missing():
+    frame = pl.DataFrame({"sku": ["a"], "label": ["Lamp"], "brand": ["Acme"], "extra": ["z"]})
+    items = Items.from_frame(frame, ColumnNames(item="sku", title="label", text=("label", "brand")))
+    assert items.texts() == ["Lamp. brand: Acme."]
+    log = Interactions.from_frame(pl.DataFrame({"user_id": ["u"], "item_id": ["new"]}))
+    assert items.with_missing(log).texts() == ["Lamp. brand: Acme.", "new."]
+    with pytest.raises(DataError, match=r"no column 'colour'.*--text-columns"):
+        Items.from_frame(frame, ColumnNames(item="sku", text=("colour",)))
+
+
+def test_a_text_is_capped_between_words():
+    text = items_of(item_id=["a"], title=["T"], about=["word " * 1000]).texts()[0]
+    assert MAX_TEXT - 5 < len(text) <= MAX_TEXT
+    assert text.endswith("word")
+    assert len(items_of(item_id=["a"], title=["x" * 3000]).texts()[0]) == MAX_TEXT
+
+
+def test_repeated_ids_are_located():
+    with pytest.raises(DataError, match=r"item '2' stands in rows 2, 4 \(1 item\(s\) repeat\)"):
+        items_of(item_id=[1, 2, 3, 2], title=list("abcd"))
+
+
+def test_an_item_without_id_is_located(tmp_path):
+    (tmp_path / "items.csv").write_text("item_id,title\na,x\n,y\n")
+    with pytest.raises(DataError, match=r"items\.csv, row 2 of 2: item_id is None"):
+        Items.read(tmp_path / "items.csv")
+
+
+def test_items_of_interactions_alone_and_those_missing_from_the_table():
+    log = Interactions.from_frame(pl.DataFrame({"user_id": list("uuvv"), "item_id": ["c", "a", "d", "c"]}))
+    alone = Items.from_interactions(log)
+    assert alone.ids == alone.titles == ["c", "a", "d"]
+    items = items_of(item_id=["a", "b"], title=["A", "B"], price=[1.0, 2.0])
+    whole = items.with_missing(log)
+    assert whole.ids == ["a", "b", "c", "d"]
+    assert whole.titles == ["A", "B", "c", "d"]
+    assert (whole.appended, whole.missing_titles, items.appended) == (2, 2, 0)
+    assert whole.frame["price"].to_list() == [1.0, 2.0, None, None]
+    assert whole.with_missing(log) is whole
+
+
+def test_write_and_read(tmp_path):
+    items = items_of(item_id=["007", "b"], title=["A", None], tags=[["x"], ["y", "z"]], price=[1.0, None])
+    items.write(tmp_path / "items.parquet")
+    again = Items.read(tmp_path / "items.parquet")
+    assert again.frame.equals(items.frame)
+    assert again.texts() == items.texts() == ["A. tags: x.", "y, z."]

@@ -1,0 +1,107 @@
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmrec.evaluation.metrics import (
+    duplicate_rate,
+    hit_rate,
+    interval95,
+    invalid_rate,
+    ndcg,
+    ranking_metrics,
+    ranks_of,
+)
+from llmrec.exceptions import DataError
+
+lists_and_targets = st.lists(
+    st.tuples(st.lists(st.integers(-1, 8), max_size=7), st.integers(0, 8)), min_size=1, max_size=12
+)
+
+
+@given(lists_and_targets)
+def test_ranks_and_rates_equal_their_definitions(pairs):
+    lists = [recommended for recommended, _ in pairs]
+    expected = [recommended.index(target) if target in recommended else -1 for recommended, target in pairs]
+    assert ranks_of(lists, [target for _, target in pairs]).tolist() == expected
+    slots = [(place, item, one) for one in lists for place, item in enumerate(one)]
+    invalid = sum(not 0 <= item < 5 for _, item, _ in slots)
+    repeated = sum(item in one[:place] for place, item, one in slots)
+    assert invalid_rate(lists, 5) == pytest.approx(invalid / len(slots) if slots else 0)
+    assert duplicate_rate(lists) == pytest.approx(repeated / len(slots) if slots else 0)
+
+
+def test_ranks_of_an_array_whose_padding_is_negative():
+    recommended = np.array([[3, 1, -1], [2, 0, 4]], dtype=np.int32)
+    assert ranks_of(recommended, np.array([1, 4], dtype=np.int32)).tolist() == [1, 2]
+    with pytest.raises(DataError, match="item row -1"):
+        ranks_of(recommended, [1, -1])
+    with pytest.raises(DataError, match="2 lists do not fit 3 targets"):
+        ranks_of(recommended, [1, 1, 1])
+
+
+RANKS = [0, 1, 6, 9, 10, -1, -1, -1]
+
+
+def test_hit_rate_by_hand():
+    assert [hit_rate(RANKS, k) for k in (1, 2, 7, 10, 11)] == [
+        Fraction(1, 8),
+        Fraction(2, 8),
+        Fraction(3, 8),
+        Fraction(4, 8),
+        Fraction(5, 8),
+    ]
+
+
+def test_ndcg_by_hand():
+    assert ndcg([0, 2, 6, -1], 10) == pytest.approx(float((1 + Fraction(1, 2) + Fraction(1, 3)) / 4))
+    assert ndcg([0, 2, 6, -1], 6) == pytest.approx(3 / 8)  # rank 6 is the seventh place
+    assert ndcg([1], 5) == pytest.approx(1 / math.log2(3))
+
+
+def test_the_keys_of_ranking_metrics():
+    metrics = ranking_metrics(np.array(RANKS))
+    assert list(metrics) == ["HR@5", "NDCG@5", "HR@10", "NDCG@10", "HR@20", "NDCG@20"]
+    assert metrics["HR@10"] == 0.5
+    assert metrics["NDCG@20"] == ndcg(RANKS, 20)
+    assert all(type(value) is float for value in metrics.values())
+
+
+def test_wilson_interval_is_where_the_test_statistic_meets_the_quantile():
+    # The bounds are the p0 for which |p - p0| = z * sqrt(p0 (1 - p0) / n).
+    ranks = [0] * 37 + [-1] * 463
+    for bound in interval95(ranks, 10):
+        statistic = abs(37 / 500 - bound) / math.sqrt(bound * (1 - bound) / 500)
+        assert statistic == pytest.approx(1.959964, abs=1e-5)
+    assert interval95([-1] * 10, 10)[0] == 0.0
+    assert 0.2 < interval95([-1] * 10, 10)[1] < 0.3
+    assert interval95([0] * 10, 10)[1] == pytest.approx(1.0)
+
+
+def test_normal_interval_of_ndcg():
+    # gains 1, 1/2, 0, 0: mean 3/8, variance (25 + 1 + 9 + 9) / 64 / 3
+    low, high = interval95([0, 2, -1, -1] * 100, 10, "NDCG")
+    deviation = math.sqrt(44 / 64 / 4 * 400 / 399)
+    assert (low + high) / 2 == pytest.approx(3 / 8)
+    assert (high - low) / 2 == pytest.approx(1.959964 * deviation / 20, abs=1e-6)
+    assert interval95([3], 10, "NDCG") == (0.0, 1.0)
+
+
+def test_the_interval_covers_the_truth_in_about_95_of_100_draws():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        low, high = interval95(np.where(rng.random(300) < 0.1, 0, -1), 10)
+        covered += low <= 0.1 <= high
+    assert 0.92 < covered / 400 < 0.98
+
+
+def test_bad_inputs():
+    for metric in (hit_rate, ndcg, interval95):
+        with pytest.raises(DataError, match="no ranks"):
+            metric([], 10)
+        with pytest.raises(DataError, match="k is 0"):
+            metric([0], 0)
