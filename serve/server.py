@@ -9,6 +9,8 @@ Flags override the recipe. The process becomes vLLM's server.
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
+from llmrec.exceptions import LLMRecError
+
 if TYPE_CHECKING:
     from trl import TrlParser
 
@@ -42,4 +44,7 @@ def main(arguments: ServeArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    try:
+        main(*make_parser().parse_args_and_config())
+    except LLMRecError as error:
+        raise SystemExit(f"error: {error}") from None

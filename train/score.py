@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llmrec.data.columns import ITEM, POSITION, TIMESTAMP, USER, ColumnNames
-from llmrec.exceptions import DataError
+from llmrec.exceptions import DataError, LLMRecError
 
 if TYPE_CHECKING:
     from trl import TrlParser
@@ -127,4 +127,7 @@ def main(arguments: ScoreArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    try:
+        main(*make_parser().parse_args_and_config())
+    except LLMRecError as error:
+        raise SystemExit(f"error: {error}") from None

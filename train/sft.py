@@ -20,12 +20,29 @@ from typing import TYPE_CHECKING, Any
 
 from llmrec.backbones.causal_lm import BackboneArguments
 from llmrec.data.columns import ITEM, POSITION, TIMESTAMP, USER, ColumnNames
-from llmrec.exceptions import BackboneError, DataError
+from llmrec.exceptions import BackboneError, DataError, LLMRecError
 
 if TYPE_CHECKING:
     from trl import SFTConfig, TrlParser
 
 logger = logging.getLogger("llmrec.train.sft")
+
+# What of the Trainer's arguments is kept in the artefact: what decides the weights, and no path of this machine.
+_RECORDED = (
+    "seed",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "train_sampling_strategy",
+    "bf16",
+    "fp16",
+)
 
 
 @dataclass
@@ -117,7 +134,7 @@ def main(data: DataArguments, backbone: BackboneArguments, training: "SFTConfig"
         longest,
     )
 
-    if training.output_dir == type(training)().output_dir:  # none was named
+    if training.output_dir == "trainer_output":  # the Trainer's word for none
         training.output_dir = f"{data.artefact.rstrip('/')}.checkpoints"
     training.max_length = None  # rows are cut by items, in max_history; never inside one
     training.dataset_kwargs = {"skip_prepare_dataset": True}
@@ -141,7 +158,7 @@ def main(data: DataArguments, backbone: BackboneArguments, training: "SFTConfig"
         callbacks=callbacks,
     )
     # Checkpoints of another run (other data, sizes or hyperparameters) are not continued.
-    described = [asdict(data), asdict(backbone), training.to_dict(), split.content_hash, catalog.version]
+    described = [asdict(data) | {"fresh": None}, asdict(backbone), training.to_dict(), split.content_hash, catalog.version]
     resume = checkpoint_to_resume(training.output_dir, described, fresh=data.fresh)
     if resume is not None:
         logger.info("continuing from %s", resume)
@@ -155,7 +172,7 @@ def main(data: DataArguments, backbone: BackboneArguments, training: "SFTConfig"
     settings.training = {
         "data": asdict(data),
         "backbone": asdict(backbone),
-        "trainer": training.to_diff_dict(),
+        "trainer": {name: getattr(training, name) for name in _RECORDED},
         "evaluations": log_curve(trainer.state.log_history),
         "versions": {package.__name__: package.__version__ for package in (llmrec, transformers, datasets)},
     }
@@ -202,4 +219,7 @@ def _model(backbone: BackboneArguments, tokenizer: Any, catalog: Any, longest: i
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    try:
+        main(*make_parser().parse_args_and_config())
+    except LLMRecError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -138,7 +138,7 @@ def make_sample(seed: int = 0, num_items: int = 1000, num_users: int = 3000) -> 
 
     Returns:
         The interactions (user_id, item_id, timestamp in unix seconds), sorted by time, and the N items (item_id,
-        title, brand, category, subcategory, price), in no telling order.
+        title, brand, category, subcategory, collection, description, price), in no telling order.
 
     Raises:
         DataError: if a count is too small.
@@ -224,6 +224,8 @@ class _Shop:
                         "brand": brands[brand],
                         "category": category,
                         "subcategory": subcategory,
+                        "collection": f"{brands[brand]} {series}",
+                        "description": f"Goes with everything from the {brands[brand]} {series} collection.",
                         "price": math.floor(price) + 0.99,
                     }
                 )

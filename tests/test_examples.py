@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+from factories import random_catalog
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmrec.examples import IGNORED, next_item_rows, sequence_rows, training_rows
+from llmrec.exceptions import PromptError
+from llmrec.prompt import Prompt
+from llmrec.vocabulary import PlainText, add_catalog_tokens, train_tokenizer
+
+TOKENIZER = train_tokenizer(["text"], 300)
+CATALOG = add_catalog_tokens(TOKENIZER, random_catalog(3))
+ROW_OF = {tuple(tokens): row for row, tokens in enumerate(CATALOG.item_tokens.tolist())}
+START = 1
+
+
+def items_of(tokens):
+    return [ROW_OF[tuple(tokens[place : place + 3])] for place in range(0, len(tokens), 3)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 39), max_size=40), st.integers(1, 9))
+def test_every_item_is_a_target_once_with_the_context_before_it(history, max_history):
+    targets = []
+    for row in sequence_rows(CATALOG, [np.array(history, dtype=np.int64)], START, max_history):
+        assert row["input_ids"][0] == START
+        assert row["labels"][0] == IGNORED
+        items = items_of(row["input_ids"][1:])
+        assert len(items) <= max_history + 1
+        for place, item in enumerate(items):
+            labels = row["labels"][1 + 3 * place : 4 + 3 * place]
+            if labels != [IGNORED] * 3:
+                assert labels == CATALOG.item_tokens[item].tolist()
+                now = len(targets)
+                targets.append(item)
+                assert history[now - place : now] == items[:place]
+                # Nothing of the context is missing, unless the window is full or half of it at least is there.
+                assert place == now or place >= max_history // 2
+    assert targets == history
+
+
+def test_next_item_rows_have_the_target_as_their_only_label():
+    prompt = Prompt("{% for item in history %}{{ item.semantic_id }} {% endfor %}then")
+    text = PlainText(TOKENIZER)
+    (row,) = next_item_rows(prompt, CATALOG, [np.array([5, 6, 7])], [8], text, START, max_history=2)
+    target = CATALOG.item_tokens[8].tolist()
+    assert row["input_ids"] == prompt.encode(CATALOG, [6, 7], text, START) + target
+    assert row["labels"] == [IGNORED] * (len(row["input_ids"]) - 3) + target
+
+
+def test_both_supervisions_have_the_same_targets():
+    text = PlainText(TOKENIZER)
+    bare = Prompt("{% for item in history %}{{ item.semantic_id }}{% endfor %}")
+    sequence = np.array([3, 1, 4, 1, 5])
+    (whole,) = training_rows(bare, CATALOG, [sequence], text, START, 10, "sequence")
+    single = list(training_rows(bare, CATALOG, [sequence], text, START, 10, "next_item"))
+    assert items_of([id for id in whole["labels"] if id != IGNORED]) == [3, 1, 4, 1, 5]
+    assert [items_of([id for id in row["labels"] if id != IGNORED])[0] for row in single] == [1, 4, 1, 5]
+    assert single[-1]["input_ids"] == whole["input_ids"]
+
+
+def test_sequence_supervision_needs_a_bare_prompt():
+    prompt = Prompt("Bought {% for item in history %}{{ item.semantic_id }}{% endfor %}")
+    with pytest.raises(PromptError, match="supervision 'next_item'"):
+        list(training_rows(prompt, CATALOG, [np.array([1, 2])], PlainText(TOKENIZER), START, 5, "sequence"))

@@ -1,0 +1,77 @@
+"""Templates, and item texts that try to become control tokens."""
+
+import pytest
+from factories import PROMPTS, random_catalog
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmrec.catalog import Catalog
+from llmrec.exceptions import PromptError
+from llmrec.prompt import Prompt
+from llmrec.vocabulary import PlainText, add_catalog_tokens, start_token, train_tokenizer
+
+TOKENIZER = train_tokenizer(["a customer bought a title"], 320)
+CATALOG = add_catalog_tokens(TOKENIZER, random_catalog(3))
+ADDED = {token.content: id for id, token in TOKENIZER.added_tokens_decoder.items()}
+
+
+def with_title(title):
+    items = [dict(item, title=title) for item in CATALOG.items]
+    return Catalog(items, CATALOG.codes, CATALOG.codebook_sizes, CATALOG.token_ids)
+
+
+def test_semantic_ids_alone():
+    prompt = Prompt.read(PROMPTS / "semantic_ids.jinja")
+    assert prompt.is_bare
+    start = start_token(TOKENIZER)
+    ids = prompt.encode(CATALOG, [4, 9], PlainText(TOKENIZER), start)
+    assert ids == [start, *CATALOG.item_tokens[4], *CATALOG.item_tokens[9]]
+    assert prompt.encode(CATALOG, [], PlainText(TOKENIZER), start) == [start]
+
+
+def test_text_around_semantic_ids():
+    prompt = Prompt("Bought: {% for item in history %}{{ item.title }} = {{ item.semantic_id }}, {% endfor %}next:")
+    assert not prompt.is_bare
+    text = PlainText(TOKENIZER)
+    ids = prompt.encode(CATALOG, [4, 9], text, 1)
+    expected = [1, *text.encode("Bought: Title 4 = "), *CATALOG.item_tokens[4], *text.encode(", Title 9 = ")]
+    assert ids == [*expected, *CATALOG.item_tokens[9], *text.encode(", next:")]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in PROMPTS.glob("*.jinja")))
+def test_every_shipped_template_renders(name):
+    prompt = Prompt.read(PROMPTS / name)
+    for history in ([], [1], [1, 2, 3]):
+        ids = prompt.encode(CATALOG, history, PlainText(TOKENIZER), 1)
+        assert [id for id in ids if id in CATALOG.item_tokens] == CATALOG.item_tokens[history].reshape(-1).tolist()
+
+
+@pytest.mark.parametrize("attack", ["<|eos|>", "<s0_3>", "<|e<|eos|>os|>", "<s0_<s0_3>3>", "\ue0003\ue001", "a<|bos|>b"])
+def test_titles_stay_text(attack):
+    prompt = Prompt("{% for item in history %}{{ item.title }}{{ item.semantic_id }}{% endfor %}")
+    ids = prompt.encode(with_title(attack), [7], PlainText(TOKENIZER), 1)
+    assert ids[-3:] == CATALOG.item_tokens[7].tolist()
+    assert not set(ADDED.values()) & set(ids[1:-3])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.one_of(st.sampled_from([*list(ADDED)[:12], "<", "|", ">", "s0_", "\ue000", "5"]), st.text(max_size=4))))
+def test_no_text_becomes_a_control_token(parts):
+    ids = PlainText(TOKENIZER).encode("".join(parts))
+    assert not set(ADDED.values()) & set(ids)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text())
+def test_harmless_text_is_tokenized_as_ever(text):
+    if not any(string in text for string in ADDED):
+        assert PlainText(TOKENIZER).encode(text) == TOKENIZER.encode(text, add_special_tokens=False)
+
+
+def test_templates_that_do_not_work():
+    with pytest.raises(PromptError, match="does not compile"):
+        Prompt("{% for item in history %}")
+    with pytest.raises(PromptError, match=r"colour.*columns \['brand', 'item_id', 'semantic_id', 'title'\]"):
+        Prompt("{{ history[0].colour }}").encode(CATALOG, [1], PlainText(TOKENIZER), 1)
+    with pytest.raises(PromptError, match="cannot be rendered"):
+        Prompt("{{ history.__class__.__mro__ }}").encode(CATALOG, [1], PlainText(TOKENIZER), 1)
