@@ -60,8 +60,9 @@ def beam_search(
     """The best items under an autoregressive model, every step constrained to the catalog.
 
     A beam's score is the sum over levels of log P(token | prompt, tokens so far), with P over the full vocabulary, or
-    over the legal children only if `renormalize`. Equal scores are ordered by code, lexicographically (the order of
-    the trie's nodes). Nodes whose items are all excluded are never entered, so a search returns min(W, legal items) items.
+    over the legal children only if `renormalize` (in the catalog, and not all excluded). Equal scores are ordered by
+    code, lexicographically: the order of the trie's nodes. Nodes whose items are all excluded are never entered, so a
+    search returns min(W, legal items) items.
 
     Args:
         logits: (B, V) for the first code of every request.

@@ -59,7 +59,7 @@ def next_item_rows(
     start: int,
     max_history: int,
 ) -> Iterator[Row]:
-    """One row per target: the prompt of its history (at most `max_history` items), then the target's tokens as labels."""
+    """One row per target: the prompt of its history (at most `max_history` items), then the target as label."""
     for history, target in zip(histories, targets, strict=True):
         tokens = prompt.encode(catalog, history[-max_history:].tolist(), text, start)
         item = catalog.item_tokens[target].tolist()

@@ -1,7 +1,8 @@
 """Prompt: a Jinja template that turns a history of items into token ids.
 
 The template knows no tokenizer. An item's `semantic_id` renders to a placeholder in the Unicode private-use area;
-after rendering, the placeholders become the item's token ids directly, and only the text between them meets a tokenizer.
+after rendering, the placeholders become the item's token ids directly, and only the text between them meets a
+tokenizer.
 """
 
 import re

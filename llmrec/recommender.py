@@ -166,7 +166,7 @@ class Recommender:
         num_beams: int | None = None,
         progress: bool = False,
     ) -> tuple[list[list[int]], list[list[float]]]:
-        """`recommend` for many histories of catalog rows: their items' rows and log-probabilities, in the same order."""
+        """`recommend` for many histories of catalog rows: the rows found and their log-probabilities, in order."""
         beams = check_request(k, num_beams or self.settings.num_beams)
         prompts = [self.encoder.encode(rows) for rows in histories]
         items: list[list[int]] = [[] for _ in histories]

@@ -49,11 +49,7 @@ def definition(model, request, codes, token_ids, beams, excluded, renormalize):
             logits = model.logits(request, path)
             legal = sorted({int(codes[row, level]) for row in live if tuple(codes[row, :level]) == prefix})
             tokens = [int(token_ids[level][code]) for code in legal]
-            if renormalize:
-                # Legal means in the catalog and not excluded.
-                norm = logits[tokens].logsumexp(0)
-            else:
-                norm = logits.logsumexp(0)
+            norm = (logits[tokens] if renormalize else logits).logsumexp(0)
             grown += [
                 ((*prefix, code), score + float(logits[t] - norm)) for code, t in zip(legal, tokens, strict=True)
             ]

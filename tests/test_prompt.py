@@ -46,7 +46,9 @@ def test_every_shipped_template_renders(name):
         assert [id for id in ids if id in CATALOG.item_tokens] == CATALOG.item_tokens[history].reshape(-1).tolist()
 
 
-@pytest.mark.parametrize("attack", ["<|eos|>", "<s0_3>", "<|e<|eos|>os|>", "<s0_<s0_3>3>", "\ue0003\ue001", "a<|bos|>b"])
+@pytest.mark.parametrize(
+    "attack", ["<|eos|>", "<s0_3>", "<|e<|eos|>os|>", "<s0_<s0_3>3>", "\ue0003\ue001", "a<|bos|>b"]
+)
 def test_titles_stay_text(attack):
     prompt = Prompt("{% for item in history %}{{ item.title }}{{ item.semantic_id }}{% endfor %}")
     ids = prompt.encode(with_title(attack), [7], PlainText(TOKENIZER), 1)
@@ -55,7 +57,9 @@ def test_titles_stay_text(attack):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.one_of(st.sampled_from([*list(ADDED)[:12], "<", "|", ">", "s0_", "\ue000", "5"]), st.text(max_size=4))))
+@given(
+    st.lists(st.one_of(st.sampled_from([*list(ADDED)[:12], "<", "|", ">", "s0_", "\ue000", "5"]), st.text(max_size=4)))
+)
 def test_no_text_becomes_a_control_token(parts):
     ids = PlainText(TOKENIZER).encode("".join(parts))
     assert not set(ADDED.values()) & set(ids)

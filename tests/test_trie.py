@@ -14,7 +14,7 @@ def test_children_are_those_of_the_code_table(seed, num_items, sizes):
     codes = random_codes(seed, min(num_items, int(np.prod(sizes))), sizes)
     trie = CatalogTrie(codes)
     prefixes = {tuple(row[:depth]) for row in codes.tolist() for depth in range(len(sizes) + 1)}
-    for prefix in [*prefixes, (99,), tuple(codes[0, :-1].tolist()) + (99,)]:
+    for prefix in [*prefixes, (99,), (*codes[0, :-1].tolist(), 99)]:
         depth = len(prefix)
         expected = sorted(
             {row[depth] for row in codes.tolist() if depth < len(sizes) and tuple(row[:depth]) == prefix}

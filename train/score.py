@@ -1,4 +1,4 @@
-"""Scores an artefact on held-out items: full ranking over the catalog, beside popularity and item-CF on the same split.
+"""Scores an artefact on held-out items: full ranking of the catalog, beside popularity and item-CF on the same split.
 
     python train/score.py --artefact runs/artefact --interactions interactions.parquet --out runs/result.json
 

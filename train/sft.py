@@ -158,7 +158,13 @@ def main(data: DataArguments, backbone: BackboneArguments, training: "SFTConfig"
         callbacks=callbacks,
     )
     # Checkpoints of another run (other data, sizes or hyperparameters) are not continued.
-    described = [asdict(data) | {"fresh": None}, asdict(backbone), training.to_dict(), split.content_hash, catalog.version]
+    described = [
+        asdict(data) | {"fresh": None},
+        asdict(backbone),
+        training.to_dict(),
+        split.content_hash,
+        catalog.version,
+    ]
     resume = checkpoint_to_resume(training.output_dir, described, fresh=data.fresh)
     if resume is not None:
         logger.info("continuing from %s", resume)
@@ -214,8 +220,8 @@ def _model(backbone: BackboneArguments, tokenizer: Any, catalog: Any, longest: i
             )
         # Room for a few more items than the longest row has, so that a longer max_history can be tried when serving.
         return from_scratch(backbone, tokenizer, max_positions=-(-2 * longest // 64) * 64), None
-    model = from_checkpoint(backbone, tokenizer, new_ids, seed)
-    return model, lora_config(backbone, model, new_ids) if backbone.lora_rank else None
+    model, new_rows = from_checkpoint(backbone, tokenizer, new_ids, seed)
+    return model, lora_config(backbone, model, new_rows) if backbone.lora_rank else None
 
 
 if __name__ == "__main__":

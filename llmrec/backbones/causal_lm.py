@@ -109,8 +109,8 @@ def from_scratch(
 
 def from_checkpoint(
     arguments: BackboneArguments, tokenizer: "PreTrainedTokenizerBase", new_ids: Sequence[int], seed: int
-) -> "PreTrainedModel":
-    """A checkpoint from the Hub or a folder, its embeddings extended to `tokenizer` and the rows `new_ids` initialised.
+) -> tuple["PreTrainedModel", list[int]]:
+    """A checkpoint from the Hub or a folder, its embeddings extended to `tokenizer`, and the rows that are new.
 
     Raises:
         BackboneError: if the checkpoint cannot be loaded as a causal LM.
@@ -129,22 +129,24 @@ def from_checkpoint(
             f"{arguments.backbone!r} cannot be loaded as a causal language model: {error}. "
             "Give a local folder or a Hub id, and check the network or HF_HUB_OFFLINE."
         ) from error
-    extend_embeddings(model, len(tokenizer), new_ids, seed)
-    return model
+    return model, extend_embeddings(model, len(tokenizer), new_ids, seed)
 
 
 @torch.no_grad()
-def extend_embeddings(model: "PreTrainedModel", vocab_size: int, new_ids: Sequence[int], seed: int) -> None:
-    """Resizes input and output embeddings to at least `vocab_size` rows and initialises the rows `new_ids` in place.
+def extend_embeddings(model: "PreTrainedModel", vocab_size: int, new_ids: Sequence[int], seed: int) -> list[int]:
+    """Resizes input and output embeddings to at least `vocab_size` rows and initialises the new rows in place.
+
+    New are `new_ids` and every row that the resizing added, padding included: padding rows are in the softmax too.
+    They are returned, ascending.
 
     A new row is the mean of the old rows plus Gaussian noise of a tenth of their standard deviation per dimension: it
     starts where the model knows what to do with it, and no two tokens start equal. Seeded. Never shrinks: some
     checkpoints have more rows than their tokenizer has tokens.
     """
     old_size = model.get_input_embeddings().weight.shape[0]
-    new = torch.tensor(sorted(new_ids))
     if vocab_size > old_size:
         model.resize_token_embeddings(_padded(vocab_size), mean_resizing=False)
+    new = torch.tensor(sorted({*new_ids, *range(old_size, model.get_input_embeddings().weight.shape[0])}))
     generator = torch.Generator().manual_seed(seed)
     weights = [model.get_input_embeddings().weight]
     head = model.get_output_embeddings()
@@ -156,10 +158,11 @@ def extend_embeddings(model: "PreTrainedModel", vocab_size: int, new_ids: Sequen
         old = weight[: len(known)][known].float()
         noise = torch.randn((len(new), weight.shape[1]), generator=generator)
         weight[new] = (old.mean(0) + 0.1 * old.std(0, correction=0) * noise).to(weight.dtype)
+    return new.tolist()
 
 
-def lora_config(arguments: BackboneArguments, model: "PreTrainedModel", new_ids: Sequence[int]) -> "LoraConfig":
-    """LoRA on every linear layer of the blocks, and the new tokens' rows trained in full (input, and head if untied)."""
+def lora_config(arguments: BackboneArguments, model: "PreTrainedModel", new_rows: Sequence[int]) -> "LoraConfig":
+    """LoRA on the blocks' linear layers; the new rows of the embeddings (and of an untied head) trained in full."""
     from peft import LoraConfig, TaskType
 
     names = {module: name for name, module in model.named_modules()}
@@ -173,7 +176,7 @@ def lora_config(arguments: BackboneArguments, model: "PreTrainedModel", new_ids:
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
         target_modules="all-linear",
-        trainable_token_indices={names[table].rpartition(".")[2]: sorted(new_ids) for table in tables},
+        trainable_token_indices={names[table].rpartition(".")[2]: sorted(new_rows) for table in tables},
     )
 
 

@@ -1,8 +1,8 @@
 """Attention of beams: the prompt's keys and values from vLLM's paged cache, the beams' own few beside it.
 
-vLLM's attention layers call `layer.impl.forward(...)`. `teach_beams` gives that implementation a subclass which answers
-for a `BeamAttention` in the place of the metadata and leaves every other call to vLLM. Nothing is ever written to the
-paged cache, no block is taken, and the model's layers stay vLLM's own.
+vLLM's attention layers call `layer.impl.forward(...)`. `teach_beams` gives that implementation a subclass which
+answers for a `BeamAttention` in the place of the metadata and leaves every other call to vLLM. Nothing is ever written
+to the paged cache, no block is taken, and the model's layers stay vLLM's own.
 """
 
 from typing import Any
@@ -48,8 +48,8 @@ class PagedLayout:
         place[found.clamp(0, 2 * count)] = torch.arange(found.numel(), device=cache.device)
         if not torch.equal(found[place[1:]], numbers):
             raise EngineError(
-                f"The cache layout of {type(layer.impl).__name__} ({dtype}) could not be probed: numbers written to it "
-                "came back changed. Use an unquantised KV cache and vllm 0.32."
+                f"The cache layout of {type(layer.impl).__name__} ({dtype}) could not be probed: numbers written to "
+                "it came back changed. Use an unquantised KV cache and vllm 0.32."
             )
         self.key, self.value = place[1:].view(2, block, heads, width).unbind(0)
 

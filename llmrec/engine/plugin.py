@@ -1,4 +1,4 @@
-"""vLLM's general plugin: runs in every process of a server, registers the models and ties the process to its parent."""
+"""vLLM's general plugin: in every process of a server, registers the models and ties the process to its parent."""
 
 import multiprocessing
 import os

@@ -36,7 +36,7 @@ def compare(
         users: places in `split.user_ids` to rank; default: all.
 
     Returns:
-        A JSON-ready mapping: split, part, users, systems (metrics and their intervals, invalid and duplicate rate each),
+        A JSON-ready mapping: split, part, users, items, systems (metrics with intervals, invalid and duplicate rate),
         and the worst invalid and duplicate rate over all systems.
     """
     chosen = np.arange(len(split.user_ids)) if users is None else np.asarray(users)

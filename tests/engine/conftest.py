@@ -1,4 +1,4 @@
-"""Real vLLM servers for the tests: one with a Llama that most tests share, one with a GPT-2 that is killed at its end."""
+"""Real vLLM servers: one with a Llama that most tests share, one with a GPT-2 that is killed at its end."""
 
 import asyncio
 import socket

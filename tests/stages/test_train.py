@@ -1,0 +1,156 @@
+"""The training and scoring scripts as a user runs them, on a tiny catalog."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from llmrec import Recommender
+from llmrec.backbones.causal_lm import BackboneArguments, from_scratch
+from llmrec.stages import stage_command
+from llmrec.vocabulary import train_tokenizer
+
+pytestmark = pytest.mark.slow
+NUM_ITEMS = 60
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Sixty items in a ring, users who walk along it: a model that learns anything beats chance by far."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    rows = [
+        (f"user-{user}", f"item-{(start + step) % NUM_ITEMS}", step)
+        for user, start in enumerate(rng.integers(0, NUM_ITEMS, 240))
+        for step in range(int(rng.integers(4, 9)))
+    ]
+    pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row").write_csv(folder / "log.csv")
+    ids = folder / "ids"
+    ids.mkdir()
+    codes = np.stack(np.unravel_index(np.arange(NUM_ITEMS), (4, 4, 4)), axis=1).astype(np.int32)
+    save_file({"codes": codes}, ids / "codes.safetensors")
+    (ids / "semantic_ids.json").write_text(json.dumps({"codebook_sizes": [4, 4, 4]}))
+    items = [json.dumps({"item_id": f"item-{row}", "title": f"Item number {row}"}) for row in range(NUM_ITEMS)]
+    (ids / "items.jsonl").write_text("\n".join(items) + "\n")
+    return folder
+
+
+def command(name, data, *flags):
+    launcher = ["--config_file", "train/accelerate/single.yaml"] if name == "train/sft.py" else []
+    return stage_command(name, ["--interactions", str(data / "log.csv"), *flags], launcher_args=launcher)
+
+
+def run(name, data, *flags, check=True):
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command(name, data, *flags), capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0 or not check, done.stderr[-3000:] + done.stdout[-2000:]
+    return done
+
+
+def sft(data, artefact, recipe, *flags, check=True):
+    required = ["--config", f"train/recipes/{recipe}.yaml", "--semantic_ids", str(data / "ids")]
+    return run("train/sft.py", data, *required, "--artefact", str(artefact), *flags, check=check)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_from_scratch_to_score(data, tmp_path, model_type):
+    artefact = tmp_path / "artefact"
+    sft(data, artefact, "debug", "--model_type", model_type, "--max_steps", "150", "--eval_steps", "75")
+    settings = json.loads((artefact / "llmrec.json").read_text())
+    curve = settings["training"]["evaluations"]
+    assert [row["step"] for row in curve] == [75, 150]
+    assert all({"eval_loss", "eval_HR@10", "eval_NDCG@10"} <= set(row) for row in curve)
+    run("train/score.py", data, "--artefact", str(artefact), "--out", str(tmp_path / "result.json"))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["split"] == settings["split"]
+    assert result["invalid_rate"] == result["duplicate_rate"] == 0.0
+    # Ten of sixty items by chance are 0.17; walking along the ring is learnt well beyond that.
+    assert result["systems"]["llmrec"]["HR@10"] > 0.5
+    assert set(result["systems"]) == {"popularity", "item_cf", "llmrec"}
+    # Another log is another split: its test items may have been trained on.
+    lines = (data / "log.csv").read_text().splitlines()
+    (tmp_path / "log.csv").write_text("\n".join(lines[:-1]) + "\n")
+    refused = run(
+        "train/score.py", tmp_path, "--artefact", str(artefact), "--out", str(tmp_path / "other.json"), check=False
+    )
+    assert refused.returncode != 0
+    assert "--any_split" in refused.stderr
+    assert not (tmp_path / "other.json").exists()
+
+
+def test_lora_on_a_checkpoint(data, tmp_path):
+    tokenizer = train_tokenizer(["A customer bought an item"], 300)
+    torch.manual_seed(0)
+    arguments = BackboneArguments(model_type="gpt2", hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
+    from_scratch(arguments, tokenizer, 256).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    flags = [
+        "--backbone",
+        str(tmp_path / "base"),
+        "--max_steps",
+        "30",
+        "--eval_strategy",
+        "no",
+        "--save_strategy",
+        "no",
+    ]
+    sft(data, tmp_path / "artefact", "gpt2_lora", *flags, "--load_best_model_at_end", "false")
+    recommender = Recommender.from_pretrained(tmp_path / "artefact")
+    # Merged: an ordinary GPT-2, with nothing of PEFT left in it.
+    assert not any("lora" in name for name, _ in recommender.model.named_parameters())
+    assert recommender.prompt.source.startswith("{%- if history")
+    assert len(recommender.recommend(["item-1", "item-2"], k=10)) == 10
+
+
+def test_killed_training_continues_to_the_same_weights(data, tmp_path):
+    flags = ["--max_steps", "400", "--eval_strategy", "no", "--save_steps", "40", "--logging_steps", "400"]
+    sft(data, tmp_path / "whole", "debug", *flags)
+    artefact = tmp_path / "killed"
+    required = [
+        "--config",
+        "train/recipes/debug.yaml",
+        "--semantic_ids",
+        str(data / "ids"),
+        "--artefact",
+        str(artefact),
+    ]
+    argv = [sys.executable, "train/sft.py", "--interactions", str(data / "log.csv"), *required, *flags]
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "killed.checkpoints" / "checkpoint-80").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not artefact.exists()
+    done = sft(data, artefact, "debug", *flags)
+    assert "continuing from" in done.stderr + done.stdout
+    one, two = (Recommender.from_pretrained(tmp_path / name).model.state_dict() for name in ("whole", "killed"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--prompt", "next_item"], "supervision 'next_item'"),
+        (["--prompt", "nowhere"], "prompts/nowhere.jinja"),
+        (["--lora_rank", "8"], "from scratch"),
+        (["--semantic_ids", "nowhere"], "semantic_ids/build.py"),
+        (["--user_column", "nobody"], "nobody"),
+        (["--backbone", "/nowhere/at/all"], "/nowhere/at/all"),
+    ],
+)
+def test_mistakes_are_named(data, tmp_path, flags, said):
+    done = sft(data, tmp_path / "artefact", "debug", *flags, check=False)
+    assert done.returncode != 0
+    assert "error: " in done.stderr
+    assert said in done.stderr
+    assert not (tmp_path / "artefact").exists()
