@@ -90,17 +90,28 @@ def beam_search(
             rows = torch.arange(batch, device=logits.device).view(-1, 1, 1)
             legal &= ~_contains(dead[level], rows * len(trie.token[level]) + child)
         candidate = _log_probabilities(logits, trie.token[level][child], legal, renormalize) + score.unsqueeze(-1)
-        candidate = candidate.masked_fill(~legal, -torch.inf).flatten(1)  # (B, W'·C)
-        # Parents come in order of score, so a stable sort alone would break ties by the parent's rank, not by node.
-        by_node = child.flatten(1).argsort(dim=1, stable=True)
-        best = candidate.gather(1, by_node).argsort(dim=1, descending=True, stable=True)[:, :num_beams]
-        best = by_node.gather(1, best)
+        # NaN compares with nothing; as -inf it is an item that was not found, which callers notice.
+        candidate = candidate.masked_fill(~legal | candidate.isnan(), -torch.inf).flatten(1)  # (B, W'·C)
+        best = _best_in_order(candidate, min(num_beams, candidate.shape[1]))
         score = candidate.gather(1, best)
         node = child.flatten(1).gather(1, best)
         if level + 1 < trie.trie.num_levels:
             logits = step(trie.token[level][node], best // fan_out)
-    items = trie.item_of_leaf[node].masked_fill(~torch.isfinite(score), -1)
+    score, order = score.sort(dim=1, descending=True, stable=True)
+    items = trie.item_of_leaf[node.gather(1, order)].masked_fill(~torch.isfinite(score), -1)
     return Beams(items, score)
+
+
+def _best_in_order(candidate: torch.Tensor, width: int) -> torch.Tensor:
+    """(B, width) places of the `width` greatest entries of each row (B, n), places ascending; ties go to the left.
+
+    Beams are kept in the order of their nodes, so candidates lie in the order of theirs and left means lower code.
+    A stable sort would say the same, at several times the cost; `topk` alone leaves the order of ties open.
+    """
+    threshold = candidate.topk(width, dim=1).values[:, -1:]
+    above, tied = candidate > threshold, candidate == threshold
+    keep = above | (tied & (tied.cumsum(1) <= width - above.sum(1, keepdim=True)))
+    return keep.nonzero()[:, 1].view(-1, width)
 
 
 def _score_dtype(logits: torch.Tensor) -> torch.dtype:

@@ -1,6 +1,7 @@
 """Catalog-constrained beam search with a transformers model: batched, KV-cached; the reference for the engine."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,8 +26,9 @@ def decode(
 ) -> Beams:
     """Searches the catalog for the best continuations of every prompt, in one batch.
 
-    The prompts are padded on the left, run once, and their cache is then copied to the beams; each further level costs
-    one forward pass of one token per beam. Memory grows with B · W · T: the caller chooses B.
+    The prompts are padded on the left and run once. The beams of a request are then appended to its cache as if they
+    were one more stretch of text, and an attention mask lets each see the prompt and its own ancestors alone: the
+    prompt's keys and values are never copied, and each further level costs one forward pass of W tokens per request.
 
     Args:
         model: a causal LM in eval mode, on the trie's device.
@@ -50,28 +52,47 @@ def decode(
             "Shorten the history."
         )
     tokens, mask, positions = _pad_left(prompts, trie.device)
-    output = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-    cache = output.past_key_values
-    position = torch.tensor(lengths, device=trie.device)  # (B,) of the next token
-    beams = 1
+    rows = torch.arange(len(lengths), device=trie.device).unsqueeze(1)
+    position = torch.tensor(lengths, device=trie.device).unsqueeze(1)  # (B, 1) of the next token
+    with _masked_attention(model):
+        output = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+        cache, dtype = output.past_key_values, model.dtype
+        sight = mask.bool().unsqueeze(
+            1
+        )  # (B, W', cached tokens) what each beam sees; before the first step, the prompt
 
-    def step(tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
-        nonlocal mask, position, beams
-        batch, width = tokens.shape
-        rows = torch.arange(batch, device=trie.device).unsqueeze(1) * beams + parents
-        cache.reorder_cache(rows.flatten())  # index_select: copies a parent for each of its children
-        mask = torch.cat([mask[rows.flatten()], mask.new_ones(batch * width, 1)], dim=1)
-        logits = model(
-            input_ids=tokens.reshape(-1, 1),
-            attention_mask=mask,
-            position_ids=position.repeat_interleave(width).unsqueeze(1),
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
-        position, beams = position + 1, width
-        return logits[:, -1].view(batch, width, -1)  # type: ignore[no-any-return]
+        def step(tokens: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
+            nonlocal sight, position
+            batch, width = tokens.shape
+            itself = torch.eye(width, dtype=torch.bool, device=trie.device).expand(batch, -1, -1)
+            sight = torch.cat([sight[rows, parents], itself], dim=2)
+            hidden = torch.zeros(sight.shape, dtype=dtype, device=trie.device)
+            hidden = hidden.masked_fill(~sight, torch.finfo(dtype).min).unsqueeze(1)  # (B, 1, W, cached tokens)
+            logits = model(
+                input_ids=tokens,
+                attention_mask=hidden,
+                position_ids=position.expand(-1, width),
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
+            position = position + 1
+            return logits  # type: ignore[no-any-return]
 
-    return beam_search(output.logits[:, -1], step, trie, num_beams, excluded, renormalize)
+        return beam_search(output.logits[:, -1], step, trie, num_beams, excluded, renormalize)
+
+
+@contextmanager
+def _masked_attention(model: "PreTrainedModel") -> Iterator[None]:
+    """Runs a model with an attention that takes a mask of any shape: sdpa, in the place of the flash kinds."""
+    chosen = model.config._attn_implementation
+    if chosen in ("sdpa", "eager"):
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(chosen)
 
 
 @torch.inference_mode()

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SETTINGS_FILE, PROMPT_FILE, CATALOG_FOLDER = "llmrec.json", "prompt.jinja", "catalog"
-# Copying the prompt's cache to every beam is what costs memory: so many cached tokens at once, all beams together.
-_CACHED_TOKENS = 200_000
+# So many tokens, of prompts and beams, are held by one search's cache: bounds its memory.
+_CACHED_TOKENS = 32_000
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,8 @@ class Recommender:
         prompts = [self.encoder.encode(rows) for rows in histories]
         items: list[list[int]] = [[] for _ in histories]
         scores: list[list[float]] = [[] for _ in histories]
-        for places in _batches([len(prompt) for prompt in prompts], min(beams, len(self.catalog)), progress):
+        width = min(beams, len(self.catalog)) * self.catalog.num_levels
+        for places in _batches([len(prompt) for prompt in prompts], width, progress):
             seen = [np.array(histories[place], dtype=np.int64) for place in places]
             found = decode(
                 self.model, [prompts[place] for place in places], self._trie, beams, seen if exclude_seen else None
@@ -238,13 +239,13 @@ def check_request(k: int, num_beams: int) -> int:
     return max(k, num_beams)
 
 
-def _batches(lengths: Sequence[int], beams: int, progress: bool) -> "list[list[int]] | Any":
+def _batches(lengths: Sequence[int], width: int, progress: bool) -> "list[list[int]] | Any":
     """Places of prompts in batches of similar length, each within the budget of cached tokens."""
     order = sorted(range(len(lengths)), key=lambda place: (lengths[place], place))
     batches: list[list[int]] = []
     for place in order:
-        width = beams * (lengths[place] + 8)  # the newest is the longest: the batch is padded to it
-        if batches and (len(batches[-1]) + 1) * width <= _CACHED_TOKENS:
+        # The newest prompt is the longest, and the batch is padded to it.
+        if batches and (len(batches[-1]) + 1) * (lengths[place] + width) <= _CACHED_TOKENS:
             batches[-1].append(place)
         else:
             batches.append([place])

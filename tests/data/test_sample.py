@@ -39,7 +39,16 @@ def sample():
 def test_its_shape(sample):
     interactions, items = sample
     assert interactions.columns == ["user_id", "item_id", "timestamp"]
-    assert items.columns == ["item_id", "title", "brand", "category", "subcategory", "price"]
+    assert items.columns == [
+        "item_id",
+        "title",
+        "brand",
+        "category",
+        "subcategory",
+        "collection",
+        "description",
+        "price",
+    ]
     assert items.height == items["title"].n_unique() == items["item_id"].n_unique() == 1000
     assert interactions["user_id"].n_unique() == 3000
     assert set(interactions["item_id"]) <= set(items["item_id"])

@@ -1,0 +1,252 @@
+"""Every command and every Python block of the documents, by what can be done with it in a test.
+
+A command belongs to one class, and one that belongs to none fails the test:
+
+- run: the README's `llmrec doctor|stages|recommend|push`, `cp` and `python semantic_ids/…` are executed in their
+  order, in a folder with small files of the names that the README uses, an untrained artefact where quickstart leaves
+  its own, and a fake of the Hub on this machine. In the other documents they are parsed.
+- parse: `llmrec quickstart|serve|run`, `accelerate launch`, `python train/…` and `python serve/…` run for minutes or
+  for ever, so their options are parsed by the real parsers, with the recipe that they name; nothing is started.
+- make: the target and the variables exist (`make --dry-run`), and what QUICKSTART_ARGS holds is parsed.
+- curl: the path is a route of the server, and the body a request that it takes.
+- shell: `source .venv/bin/activate`, where `make env` puts the environment.
+
+Python blocks are executed, in the same folder.
+"""
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from factories import random_recommender
+
+from llmrec.catalog import Catalog
+from llmrec.cli.main import app
+from llmrec.data import ITEM, make_sample
+from llmrec.embedding import EmbeddingStore
+from llmrec.engine.http import RecommendRequest, RecommendRoutes
+from llmrec.recommender import Recommender
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("prompts", "semantic_ids", "train", "serve")
+DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("own_data", "serving", "artefact")))
+READMES = ("prompts/README.md", "semantic_ids/README.md", "train/README.md", "serve/README.md")
+RUN_HERE = {"doctor", "stages", "recommend", "push"}
+VLLM_ROUTES = {"/health", "/v1/models"}
+
+
+def blocks(document: str, language: str) -> list[str]:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(document: str) -> list[str]:
+    """The commands of a document's bash blocks, continued lines joined, comments left out."""
+    lines = "\n".join(blocks(document, "bash")).replace("\\\n", " ").splitlines()
+    return [" ".join(line.split()) for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def words(command: str) -> list[str]:
+    """A command's words, without comments and the variables that it sets for itself."""
+    split = shlex.split(command, comments=True)
+    while split and re.match(r"[A-Z_]+=", split[0]):
+        split.pop(0)
+    return split
+
+
+def is_run(command: str) -> bool:
+    first, second, *_ = [*words(command), "", ""]
+    return first == "cp" or (first == "llmrec" and second in RUN_HERE) or second.startswith("semantic_ids/")
+
+
+def parse_llmrec(arguments: list[str]) -> None:
+    name, *rest = arguments
+    group = typer.main.get_command(app)
+    context = group.commands[name].make_context(name, rest)
+    if name == "run":
+        parse_script(context.params["stage"], list(context.params["args"] or []))
+
+
+def parse_script(script: str, arguments: list[str]) -> None:
+    """Parses a stage's arguments and its recipe, by the script's own parser."""
+    spec = importlib.util.spec_from_file_location(f"readme_{Path(script).stem}", ROOT / script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+        # A recipe for a GPU asks for bfloat16, which a machine without one refuses.
+        extra = ["--bf16", "False"] if script == "train/sft.py" else []
+        module.make_parser().parse_args_and_config([*arguments, *extra], fail_with_unknown_args=True)
+    finally:
+        del sys.modules[spec.name]
+
+
+def parse_accelerate(arguments: list[str]) -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    assert arguments[0] == "launch"
+    parsed = launch_command_parser().parse_args(arguments[1:])
+    assert parsed.config_file is None or Path(parsed.config_file).is_file()
+    parse_script(parsed.training_script, parsed.training_script_args)
+
+
+def check_make(arguments: list[str]) -> None:
+    known = set(re.findall(r"^([A-Z_]+) \?=", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for name, _, value in (argument.partition("=") for argument in arguments if "=" in argument):
+        assert name in known
+        if name == "QUICKSTART_ARGS":
+            parse_llmrec(["quickstart", *shlex.split(value)])
+    done = subprocess.run(["make", "--dry-run", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def check_curl(arguments: list[str]) -> None:
+    from fastapi import FastAPI
+
+    server = FastAPI()
+    RecommendRoutes().attach_router(server)
+    (url,) = [argument for argument in arguments if argument.startswith("localhost:")]
+    path = "/" + url.partition("/")[2]
+    if "-d" not in arguments:
+        assert path in {"/ready", "/docs", "/openapi.json"} | VLLM_ROUTES
+        return
+    assert path in server.openapi()["paths"]
+    assert "post" in server.openapi()["paths"][path]
+    assert "Content-Type: application/json" in arguments
+    RecommendRequest.model_validate_json(arguments[arguments.index("-d") + 1])
+
+
+def check_source(arguments: list[str]) -> None:
+    assert arguments == [".venv/bin/activate"]
+    assert "venv=.venv\n" in (ROOT / ".ci" / "env.sh").read_text(encoding="utf-8")
+
+
+def check_python(arguments: list[str]) -> None:
+    parse_script(arguments[0], arguments[1:])
+
+
+CHECKS = {
+    "llmrec": parse_llmrec,
+    "accelerate": parse_accelerate,
+    "python": check_python,
+    "make": check_make,
+    "curl": check_curl,
+    "source": check_source,
+}
+
+
+def test_the_first_screen_has_the_two_commands() -> None:
+    assert commands("README.md")[:2] == ["make quickstart", "make test"]
+
+
+@pytest.mark.parametrize(
+    ("document", "command"),
+    [(document, command) for document in (*DOCUMENTS, *READMES) for command in commands(document)],
+)
+def test_command_is_of_a_class_and_its_options_exist(
+    document: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    first, *arguments = words(command)
+    if first == "cp":  # run below
+        assert document == "README.md"
+        return
+    assert first in CHECKS, f"{document}: no class for {command!r}"
+    CHECKS[first](arguments)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    """A folder as a README's reader has it after a quickstart, with 100 items of the sample and no training."""
+    for stage in STAGES:
+        (tmp_path / stage).symlink_to(ROOT / stage)
+    interactions, items = make_sample(seed=0)
+    chosen = [*items[ITEM].to_list()[:99], "P00376"]
+    items = items.filter(items[ITEM].is_in(chosen))
+    interactions.filter(interactions[ITEM].is_in(chosen)).write_csv(tmp_path / "interactions.csv")
+    items.write_csv(tmp_path / "items.csv")
+    import torch
+
+    base = random_recommender(num_items=len(items), sizes=(8, 8, 8), dtype=torch.float32)
+    catalog = Catalog(items.to_dicts(), base.catalog.codes, base.catalog.codebook_sizes, base.catalog.token_ids)
+    recommender = Recommender(base.model, base.tokenizer, catalog, base.prompt, base.settings)
+    recommender.save_pretrained(tmp_path / "runs" / "quickstart" / "artefact")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_commands_of_the_readme_run(workspace: Path, fake_hub, tmp_path_factory) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | fake_hub.variables(tmp_path_factory.mktemp("home")) | {"PATH": path}
+    printed: dict[str, str] = {}
+    for command in filter(is_run, commands("README.md")):
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", command],
+            cwd=workspace,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        # The doctor's code 1 says that this machine has a fault, not that the command has.
+        allowed = {0, 1} if command.startswith("llmrec doctor") else {0}
+        assert done.returncode in allowed, f"{command}\n{done.stdout}\n{done.stderr}"
+        printed[command] = done.stdout
+    assert len(EmbeddingStore.load(workspace / "runs/mine/embeddings").item_ids) == 100
+    assert len(Catalog.from_build(workspace / "runs/mine/semantic_ids")) == 100
+    assert (workspace / "my_prompt.jinja").read_text() == (ROOT / "prompts/next_item.jinja").read_text()
+    assert fake_hub.private == {"user/my-recommender": True}
+    local, from_hub = [text for command, text in printed.items() if command.startswith("llmrec recommend")]
+    assert local == from_hub
+    assert [line.split()[0] for line in local.splitlines()[1:]] == ["1", "2", "3", "4", "5"]
+
+
+def test_python_blocks_run(workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(workspace)
+    for document in (*DOCUMENTS, *READMES):
+        for block in blocks(document, "python"):
+            exec(compile(block, document, "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed[:5]] == ["1", "2", "3", "4", "5"]
+    assert printed[5] == "100 6"
+    assert printed[6].endswith(" llama")
+    assert "None" not in printed[6]
+
+
+def test_the_tree_names_every_file() -> None:
+    (tree,) = blocks("README.md", "text")
+    listed, folders = set(), []
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        name = line.split()[0]
+        folders[depth:] = [name]
+        listed.add("".join(folders))
+    assert [name for name in listed if not (ROOT / name).exists()] == []
+    files = {file.relative_to(ROOT).as_posix() for file in (ROOT / "llmrec").rglob("*.py")}
+    files |= {f.relative_to(ROOT).as_posix() for folder in ("docs", *STAGES) for f in (ROOT / folder).glob("*.*")}
+    assert sorted(name for name in files if not name.endswith("__init__.py") and name not in listed) == []
+
+
+@pytest.mark.parametrize("folder", ["semantic_ids/recipes", "train/recipes", "train/accelerate", "serve/recipes"])
+def test_the_tree_names_every_recipe(folder: str) -> None:
+    (tree,) = blocks("README.md", "text")
+    stage, name = folder.split("/")
+    inside = re.split(r"^(?=\S)", tree.split(f"\n{stage}/\n")[1], maxsplit=1, flags=re.MULTILINE)[0]
+    (line,) = [line for line in inside.splitlines() if line.startswith(f"  {name}/")]
+    assert [f.stem for f in (ROOT / folder).glob("*.yaml") if not re.search(rf"\b{f.stem}\b", line)] == []
+
+
+def test_the_transcript_has_the_steps_of_quickstart() -> None:
+    source = (ROOT / "llmrec/cli/quickstart.py").read_text(encoding="utf-8")
+    steps = re.findall(r'run\.announce\("([^"]+)"\)', source)
+    shown = re.findall(r"^\[(\d)/6\] (.+?)   \(", "\n".join(blocks("README.md", "console")), re.MULTILINE)
+    assert shown == [(str(number), title) for number, title in enumerate(steps, start=1)]
