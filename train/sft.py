@@ -124,7 +124,7 @@ def main(data: DataArguments, backbone: BackboneArguments, training: "SFTConfig"
         )
     longest = max(len(row["input_ids"]) for row in [*rows, *valid])
     settings = Settings(max_history=data.max_history, num_beams=data.num_beams, split=split.content_hash)
-    model, peft_config = _model(backbone, tokenizer, catalog, longest, training.seed)
+    model = _model(backbone, tokenizer, catalog, longest, training.seed)
     logger.info(
         "%s: %.2f M parameters, %d training rows, %d validation rows, longest row %d tokens",
         type(model).__name__,
@@ -154,7 +154,6 @@ def main(data: DataArguments, backbone: BackboneArguments, training: "SFTConfig"
         train_dataset=datasets.Dataset.from_list(rows),
         eval_dataset=datasets.Dataset.from_list(valid),
         processing_class=tokenizer,
-        peft_config=peft_config,
         callbacks=callbacks,
     )
     # Checkpoints of another run (other data, sizes or hyperparameters) are not continued.
@@ -173,7 +172,7 @@ def main(data: DataArguments, backbone: BackboneArguments, training: "SFTConfig"
     if not trainer.is_world_process_zero():
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if peft_config is not None:
+    if backbone.lora_rank:
         model = model.merge_and_unload()
     settings.training = {
         "data": asdict(data),
@@ -207,9 +206,9 @@ def _tokenizer(backbone: BackboneArguments, catalog: Any, texts: list[str]) -> t
     return tokenizer, add_catalog_tokens(tokenizer, catalog)
 
 
-def _model(backbone: BackboneArguments, tokenizer: Any, catalog: Any, longest: int, seed: int) -> tuple[Any, Any]:
-    """The model, and LoRA's configuration if it was asked for."""
-    from llmrec.backbones.causal_lm import from_checkpoint, from_scratch, lora_config
+def _model(backbone: BackboneArguments, tokenizer: Any, catalog: Any, longest: int, seed: int) -> Any:
+    """The model to train, with LoRA adapters if they were asked for."""
+    from llmrec.backbones.causal_lm import from_checkpoint, from_scratch, with_lora
 
     new_ids = [int(id) for level in catalog.require_tokens() for id in level]
     if backbone.backbone is None:
@@ -219,9 +218,9 @@ def _model(backbone: BackboneArguments, tokenizer: Any, catalog: Any, longest: i
                 "Name a checkpoint with --backbone, or leave LoRA out."
             )
         # Room for a few more items than the longest row has, so that a longer max_history can be tried when serving.
-        return from_scratch(backbone, tokenizer, max_positions=-(-2 * longest // 64) * 64), None
+        return from_scratch(backbone, tokenizer, max_positions=-(-2 * longest // 64) * 64)
     model, new_rows = from_checkpoint(backbone, tokenizer, new_ids, seed)
-    return model, lora_config(backbone, model, new_rows) if backbone.lora_rank else None
+    return with_lora(backbone, model, new_rows) if backbone.lora_rank else model
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from llmrec.exceptions import BackboneError
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -161,16 +161,16 @@ def extend_embeddings(model: "PreTrainedModel", vocab_size: int, new_ids: Sequen
     return new.tolist()
 
 
-def lora_config(arguments: BackboneArguments, model: "PreTrainedModel", new_rows: Sequence[int]) -> "LoraConfig":
-    """LoRA on the blocks' linear layers; the new rows of the embeddings (and of an untied head) trained in full."""
-    from peft import LoraConfig, TaskType
+def with_lora(arguments: BackboneArguments, model: "PreTrainedModel", new_rows: Sequence[int]) -> "PeftModel":
+    """Puts LoRA on the blocks' linear layers; the embeddings' new rows (and an untied head's) are trained in full."""
+    from peft import LoraConfig, TaskType, get_peft_model
 
     names = {module: name for name, module in model.named_modules()}
     tables = [model.get_input_embeddings()]
     head = model.get_output_embeddings()
     if head is not None and head.weight is not tables[0].weight:
         tables.append(head)
-    return LoraConfig(
+    config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=arguments.lora_rank,
         lora_alpha=arguments.lora_alpha,
@@ -178,6 +178,11 @@ def lora_config(arguments: BackboneArguments, model: "PreTrainedModel", new_rows
         target_modules="all-linear",
         trainable_token_indices={names[table].rpartition(".")[2]: sorted(new_rows) for table in tables},
     )
+    adapted = get_peft_model(model, config)
+    wrapped = adapted.get_output_embeddings()
+    if not hasattr(wrapped, "bias"):  # trl's fused loss asks the head for one, and PEFT's wrapper has no such name
+        wrapped.bias = None
+    return adapted
 
 
 def _padded(vocab_size: int, multiple: int = 64) -> int:

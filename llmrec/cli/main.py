@@ -161,7 +161,7 @@ def recommend(
 ) -> None:
     """Recommend the next items after a history, in this process (with transformers; no server).
 
-    Example: `llmrec recommend runs/quickstart/artefact --history i0012,i0430 -k 5`
+    Example: `llmrec recommend runs/quickstart/artefact --history P00376,P00064 -k 5`
     """
     from llmrec.cli.recommend import recommend as run
 

@@ -174,7 +174,7 @@ class RecommendRoutes:
             catalog=catalog,
             model=(args.served_model_name or [folder.name])[0],
             max_beams=int(os.environ.get(MAX_BEAMS, DEFAULT_MAX_BEAMS)),
-            max_tokens=engine_client.model_config.max_model_len,
+            max_tokens=engine_client.model_config.max_model_len - catalog.num_levels + 1,
         )
         await state.llmrec.check()
 

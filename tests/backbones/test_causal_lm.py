@@ -3,7 +3,6 @@
 import pytest
 import torch
 from factories import random_catalog
-from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmrec.backbones.causal_lm import (
@@ -12,7 +11,7 @@ from llmrec.backbones.causal_lm import (
     extend_embeddings,
     from_checkpoint,
     from_scratch,
-    lora_config,
+    with_lora,
 )
 from llmrec.exceptions import BackboneError
 from llmrec.vocabulary import add_catalog_tokens, train_tokenizer
@@ -104,7 +103,7 @@ def test_lora_trains_adapters_and_new_rows_and_merges_without_loss(checkpoint, t
     base, new_rows = from_checkpoint(arguments, tokenizer, new, seed=0)
     assert set(new) <= set(new_rows)
     untouched = base.get_input_embeddings().weight.detach().clone()
-    model = get_peft_model(base, lora_config(arguments, base, new_rows))
+    model = with_lora(arguments, base, new_rows)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert any("lora_" in name for name in trainable)
     assert all("lora_" in name or "trainable_tokens" in name for name in trainable)

@@ -33,10 +33,7 @@ def test_beams_attend_to_their_prompt_and_their_ancestors(heads, kv_heads, seed)
         query = torch.randn(requests * now, heads, width, dtype=torch.float64)
         found = attention.forward(query, new_key, new_value, scale)
         own = [
-            [
-                [*own[r][parents[r, w]], (new_key[r * now + w], new_value[r * now + w])]
-                for w in range(now)
-            ]
+            [[*own[r][parents[r, w]], (new_key[r * now + w], new_value[r * now + w])] for w in range(now)]
             for r in range(requests)
         ]
         for r in range(requests):
