@@ -23,7 +23,7 @@ VLLM_SERIES = "0.32.*"
 FLASH_ATTN = "flash-attn==2.8.3.post2"
 # What an engine takes beside its KV cache: Python, torch and vLLM take 2.5 GiB, a small model's weights the rest.
 ENGINE_BYTES = 3 * GIB
-DEFAULT_KV_CACHE_GIB = 2
+DEFAULT_KV_CACHE_GIB = 1
 
 
 @dataclass(frozen=True)

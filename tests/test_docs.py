@@ -16,6 +16,7 @@ from llmrec.data import Interactions, Items, leave_one_out
 from llmrec.data.columns import _ALIASES, _FLAGS
 from llmrec.engine.http import RecommendedItem, RecommendRequest, RecommendResponse
 from llmrec.engine.launch import server_command
+from llmrec.environment import DEFAULT_KV_CACHE_GIB
 from llmrec.evaluation.comparison import compare
 from llmrec.stages import stage_files
 
@@ -94,6 +95,7 @@ def test_the_serve_flags_and_defaults_are_those_of_the_command() -> None:
     options = {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
     assert options - {"--help"} == documented
     defaults = {name: parameter.default for name, parameter in signature(server_command).parameters.items()}
+    defaults["kv_cache_gib"] = f"`VLLM_CPU_KVCACHE_SPACE`, else {DEFAULT_KV_CACHE_GIB}"
     for flag in ("--max-num-seqs", "--kv-cache-gib", "--max-beams", "--dtype"):
         (said,) = re.findall(rf"^\| `{flag}` \| ([^|]+) \|", serving, re.MULTILINE)
         assert said.strip() == str(defaults[flag.removeprefix("--").replace("-", "_")])

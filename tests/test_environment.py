@@ -186,11 +186,12 @@ def test_plugin_that_vllm_would_not_load() -> None:
         ("4", 7.0, "ok", ""),
         ("4", 6.9, "warn", "export VLLM_CPU_KVCACHE_SPACE=3"),
         ("40", 24.0, "broken", "export VLLM_CPU_KVCACHE_SPACE=21"),
-        (None, 4.5, "warn", "export VLLM_CPU_KVCACHE_SPACE=1"),
-        (None, 1.5, "broken", "export VLLM_CPU_KVCACHE_SPACE=1"),
+        (None, 4.5, "ok", ""),
+        (None, 3.5, "warn", "stop other programs, or raise the memory limit"),
+        (None, 0.5, "broken", "stop other programs, or raise the memory limit"),
         ("1", 0.5, "broken", "stop other programs, or raise the memory limit"),
-        ("1.5", 16.0, "broken", "export VLLM_CPU_KVCACHE_SPACE=2"),
-        ("4GB", 16.0, "broken", "export VLLM_CPU_KVCACHE_SPACE=2"),
+        ("1.5", 16.0, "broken", "export VLLM_CPU_KVCACHE_SPACE=1"),
+        ("4GB", 16.0, "broken", "export VLLM_CPU_KVCACHE_SPACE=1"),
     ],
 )
 def test_kv_cache_must_fit_the_memory(value: str | None, gib: float, status: str, remedy: str) -> None:

@@ -6,6 +6,7 @@ Every user's last item is the test item (`--part valid`: the one before it). Ite
 """
 
 import logging
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -119,7 +120,7 @@ def main(arguments: ScoreArguments) -> None:
     for name, metrics in result["systems"].items():
         numbers = [f"{metrics[f'{metric}@{k}']:.4f}" for k in arguments.ks for metric in ("HR", "NDCG")]
         table.add_row(name, *numbers, f"{metrics['invalid_rate']:.4f}", f"{metrics['duplicate_rate']:.4f}")
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
     console.print(
         f"{result['users']:,} users, {split.num_items:,} items, split {split.content_hash[:12]}: {arguments.out}"

@@ -83,6 +83,7 @@ def make_parser() -> "TrlParser":
 def main(data: DataArguments, backbone: BackboneArguments, training: "SFTConfig") -> None:
     import datasets
     import numpy as np
+    import torch
     import transformers
     from trl import SFTTrainer
 
@@ -136,6 +137,7 @@ def main(data: DataArguments, backbone: BackboneArguments, training: "SFTConfig"
 
     if training.output_dir == "trainer_output":  # the Trainer's word for none
         training.output_dir = f"{data.artefact.rstrip('/')}.checkpoints"
+    training.dataloader_pin_memory = torch.cuda.is_available()
     training.max_length = None  # rows are cut by items, in max_history; never inside one
     training.dataset_kwargs = {"skip_prepare_dataset": True}
     callbacks = []

@@ -5,6 +5,7 @@ import os
 import shlex
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -46,7 +47,8 @@ class _Run:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.begin = time.monotonic()
-        self.console = Console()
+        # Where nobody watches, lines are as long as they are: a log is searched, not read column by column.
+        self.console = Console(width=None if sys.stdout.isatty() else 140)
         self.commands: list[str] = []
         self._step = 0
         self._environment = _STAGE_ENVIRONMENT | dict(os.environ)

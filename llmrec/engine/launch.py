@@ -12,7 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llmrec.engine.plugin import ARCHITECTURES, EXIT_WITH_PARENT, MAX_BEAMS
+from llmrec.environment import DEFAULT_KV_CACHE_GIB
 from llmrec.exceptions import DependencyError, EngineError
+
+_KV_CACHE = "VLLM_CPU_KVCACHE_SPACE"
 
 
 def server_command(
@@ -22,7 +25,7 @@ def server_command(
     dtype: str = "auto",
     max_num_seqs: int = 64,
     max_model_len: int | None = None,
-    kv_cache_gib: float = 1,
+    kv_cache_gib: float | None = None,
     max_beams: int = 512,
     name: str | None = None,
     extra: Sequence[str] = (),
@@ -36,7 +39,8 @@ def server_command(
         artefact: a checked artefact folder.
         max_num_seqs: requests searched together, at most.
         max_model_len: tokens of a prompt; default: the model's positions.
-        kv_cache_gib: memory for the KV cache on a CPU (a GPU's is found by vLLM).
+        kv_cache_gib: memory for the KV cache on a CPU, rounded up to whole GiB (a GPU's is found by vLLM); default:
+            VLLM_CPU_KVCACHE_SPACE, else 1.
         max_beams: the widest search that a request may ask for.
         name: of the model in `/v1/models`; default: the folder's name.
         extra: further arguments for vLLM, which win.
@@ -79,11 +83,13 @@ def server_command(
         "VLLM_PLUGINS": "llmrec,llmrec_http",
         ARCHITECTURES: architectures[0],
         MAX_BEAMS: str(max_beams),
-        "VLLM_CPU_KVCACHE_SPACE": str(max(1, math.ceil(kv_cache_gib))),
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if kv_cache_gib is not None:
+        environment[_KV_CACHE] = str(max(1, math.ceil(kv_cache_gib)))
+    environment.setdefault(_KV_CACHE, str(DEFAULT_KV_CACHE_GIB))
     return command, environment
 
 

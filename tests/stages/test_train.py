@@ -60,13 +60,15 @@ def sft(data, artefact, recipe, *flags, check=True):
     return run("train/sft.py", data, *required, "--artefact", str(artefact), *flags, check=check)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-def test_from_scratch_to_score(data, tmp_path, model_type):
+# A GPT-2 learns this later than a Llama: its positions are learnt, not given.
+@pytest.mark.parametrize(("model_type", "steps"), [("llama", 150), ("gpt2", 500)])
+def test_from_scratch_to_score(data, tmp_path, model_type, steps):
     artefact = tmp_path / "artefact"
-    sft(data, artefact, "debug", "--model_type", model_type, "--max_steps", "150", "--eval_steps", "75")
+    flags = ["--model_type", model_type, "--max_steps", str(steps), "--eval_steps", str(steps // 2)]
+    sft(data, artefact, "debug", *flags)
     settings = json.loads((artefact / "llmrec.json").read_text())
     curve = settings["training"]["evaluations"]
-    assert [row["step"] for row in curve] == [75, 150]
+    assert [row["step"] for row in curve] == [steps // 2, steps]
     assert all({"eval_loss", "eval_HR@10", "eval_NDCG@10"} <= set(row) for row in curve)
     run("train/score.py", data, "--artefact", str(artefact), "--out", str(tmp_path / "result.json"))
     result = json.loads((tmp_path / "result.json").read_text())
