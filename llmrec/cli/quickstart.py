@@ -187,7 +187,7 @@ def _data(
 
 def _epochs(interactions: int) -> float:
     """Enough passes for small data, few for large: the time of a first run stays bounded by the data's size."""
-    return float(max(3, min(25, round(1_400_000 / max(1, interactions)))))
+    return float(max(3, min(25, round(600_000 / max(1, interactions)))))
 
 
 def _fetch(url: str, split: Split, items: Items) -> list[dict[str, Any]]:
