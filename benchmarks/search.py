@@ -9,8 +9,8 @@ Four ways to the same question, on one random Llama of 3.7 M parameters, in one 
 * generate:    transformers' generate(num_beams, prefix_allowed_tokens_fn), the usual way to constrain it
 * beam_search: vLLM's own LLM.beam_search, which knows no catalog (so it does less)
 
-The first three find the same items; the script checks that they do. Each is run once to warm up and then --repeats times;
-the median counts. beam_search gets fewer prompts, because it is slow; all figures are per prompt.
+The first three find the same items; the script checks that they do. Each is run once to warm up and then --repeats
+times; the median counts. beam_search gets fewer prompts, because it is slow; all figures are per prompt.
 """
 
 import argparse

@@ -84,7 +84,7 @@ def beam_search(
         width = trie.start[level][node + 1] - begin
         fan_out = int(width.max())
         offset = torch.arange(fan_out, device=logits.device)
-        legal = (offset < width.unsqueeze(-1)) & torch.isfinite(score).unsqueeze(-1)  # (B, W', C)
+        legal = offset < width.unsqueeze(-1)  # (B, W', C); a dead beam's children inherit its score of -inf
         child = torch.where(legal, begin.unsqueeze(-1) + offset, begin.unsqueeze(-1))
         if dead is not None and dead[level].numel():
             rows = torch.arange(batch, device=logits.device).view(-1, 1, 1)

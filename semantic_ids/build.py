@@ -100,10 +100,13 @@ def main(arguments: BuildArguments) -> None:
             split.train, len(items), arguments.collaborative_dim, arguments.window, arguments.seed
         )
         unseen = int((~collaborative.any(axis=1)).sum())
-        if unseen:
-            console.print(f"{unseen:,} items co-occur with no other and are placed by their text alone")
-        fusion = Fusion.fit(vectors, collaborative, arguments.collaborative_weight)
-        vectors = fusion.transform(vectors, collaborative)
+        if unseen == len(items):
+            console.print("No two items co-occur in the training histories: all are placed by their text alone")
+        else:
+            if unseen:
+                console.print(f"{unseen:,} items co-occur with no other and are placed by their text alone")
+            fusion = Fusion.fit(vectors, collaborative, arguments.collaborative_weight)
+            vectors = fusion.transform(vectors, collaborative)
 
     console.print(f"Residual k-means, {arguments.num_levels} × {arguments.codebook_size}")
     quantizer = ResidualKMeans(arguments.num_levels, arguments.codebook_size, arguments.niter, arguments.seed)
