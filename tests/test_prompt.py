@@ -56,6 +56,20 @@ def test_titles_stay_text(attack):
     assert not set(ADDED.values()) & set(ids[1:-3])
 
 
+def test_other_columns_stay_text_too():
+    items = [dict(item, brand="\ue0003\ue001<s0_1>") for item in CATALOG.items]
+    catalog = Catalog(items, CATALOG.codes, CATALOG.codebook_sizes, CATALOG.token_ids)
+    prompt = Prompt("{% for item in history %}{{ item.brand }}{% endfor %}")
+    assert not set(ADDED.values()) & set(prompt.encode(catalog, [7], PlainText(TOKENIZER), 1)[1:])
+
+
+def test_breaking_up_one_token_may_not_make_another():
+    tokenizer = train_tokenizer(["text"], 300)
+    tokenizer.add_tokens(["<x>", "< x>"])
+    ids = PlainText(tokenizer).encode("a<x>b")
+    assert not set(tokenizer.convert_tokens_to_ids(["<x>", "< x>"])) & set(ids)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.one_of(st.sampled_from([*list(ADDED)[:12], "<", "|", ">", "s0_", "\ue000", "5"]), st.text(max_size=4)))
