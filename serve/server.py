@@ -9,7 +9,7 @@ Flags override the recipe. The process becomes vLLM's server.
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from llmrec.exceptions import LLMRecError
+from llmrec.script import parser, run
 
 if TYPE_CHECKING:
     from trl import TrlParser
@@ -32,9 +32,7 @@ class ServeArguments:
 
 
 def make_parser() -> "TrlParser":
-    from trl import TrlParser
-
-    return TrlParser((ServeArguments,))
+    return parser((ServeArguments,), __doc__)
 
 
 def main(arguments: ServeArguments) -> None:
@@ -44,7 +42,4 @@ def main(arguments: ServeArguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*make_parser().parse_args_and_config())
-    except LLMRecError as error:
-        raise SystemExit(f"error: {error}") from None
+    run(main, make_parser())

@@ -55,7 +55,8 @@ def flags() -> set[str]:
         for parameter in command.params:
             found |= {*parameter.opts, *parameter.secondary_opts}
     sources = [ROOT / name for name in stage_files() if name.endswith(".py")]
-    for source in [*sources, ROOT / "llmrec/backbones/causal_lm.py"]:
+    owners = [ROOT / "llmrec/backbones/causal_lm.py", ROOT / "llmrec/data/arguments.py"]
+    for source in [*sources, *owners]:
         for name in re.findall(r"^    (\w+): [^=\n]+ = field\(", source.read_text(encoding="utf-8"), re.MULTILINE):
             found |= {f"--{name}", f"--{name.replace('_', '-')}"}
     return found

@@ -5,19 +5,18 @@
 Every user's last item is the test item (`--part valid`: the one before it). Items are ranked, not ID strings.
 """
 
-import logging
 import sys
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from llmrec.data.columns import ITEM, POSITION, TIMESTAMP, USER, ColumnNames
-from llmrec.exceptions import DataError, LLMRecError
+from llmrec.data.arguments import ColumnArguments
+from llmrec.data.columns import ITEM
+from llmrec.exceptions import DataError
+from llmrec.script import parser, run
 
 if TYPE_CHECKING:
     from trl import TrlParser
-
-logger = logging.getLogger("llmrec.train.score")
 
 
 @dataclass
@@ -40,19 +39,13 @@ class ScoreArguments:
     )
     device: str | None = field(default=None, metadata={"help": "Default: a GPU if there is one."})
     seed: int = field(default=0, metadata={"help": "Of the users that are drawn."})
-    user_column: str = field(default=USER, metadata={"help": "The interactions' user column."})
-    item_column: str = field(default=ITEM, metadata={"help": "The interactions' item column."})
-    timestamp_column: str = field(default=TIMESTAMP, metadata={"help": "The interactions' time column, if any."})
-    position_column: str = field(default=POSITION, metadata={"help": "The interactions' order column, if any."})
 
 
 def make_parser() -> "TrlParser":
-    from trl import TrlParser
-
-    return TrlParser((ScoreArguments,))
+    return parser((ScoreArguments, ColumnArguments), __doc__)
 
 
-def main(arguments: ScoreArguments) -> None:
+def main(arguments: ScoreArguments, names: ColumnArguments) -> None:
     import numpy as np
     import polars as pl
     import torch
@@ -69,17 +62,10 @@ def main(arguments: ScoreArguments) -> None:
     from llmrec.recommender import Recommender
     from llmrec.storage import write_json
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     begin = time.monotonic()
     recommender = Recommender.from_pretrained(arguments.artefact, arguments.revision, arguments.device)
-    columns = ColumnNames(
-        user=arguments.user_column,
-        item=arguments.item_column,
-        timestamp=arguments.timestamp_column,
-        position=arguments.position_column,
-    )
     items = Items.from_frame(pl.DataFrame({ITEM: recommender.catalog.ids}))
-    split = leave_one_out(Interactions.read(arguments.interactions, columns), items)
+    split = leave_one_out(Interactions.read(arguments.interactions, names.names()), items)
     if split.content_hash != recommender.settings.split and not arguments.any_split:
         raise DataError(
             f"The interactions have the split {split.content_hash[:12]}, the artefact was trained on "
@@ -128,7 +114,4 @@ def main(arguments: ScoreArguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*make_parser().parse_args_and_config())
-    except LLMRecError as error:
-        raise SystemExit(f"error: {error}") from None
+    run(main, make_parser())

@@ -19,15 +19,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrec.backbones.causal_lm import BackboneArguments
-from llmrec.data.columns import ITEM, POSITION, TIMESTAMP, USER, ColumnNames
-from llmrec.exceptions import BackboneError, DataError, LLMRecError
+from llmrec.data.arguments import ColumnArguments
+from llmrec.exceptions import BackboneError, DataError
+from llmrec.script import parser, run
 
 if TYPE_CHECKING:
     from trl import SFTConfig, TrlParser
 
 logger = logging.getLogger("llmrec.train.sft")
 
-# What of the Trainer's arguments is kept in the artefact: what decides the weights, and no path of this machine.
+# What of the Trainer's arguments is kept in the artefact: what decides the weights. No path of this machine is kept,
+# because artefacts are published.
 _RECORDED = (
     "seed",
     "num_train_epochs",
@@ -68,19 +70,15 @@ class DataArguments:
         default=500, metadata={"help": "Validation users ranked at every evaluation, drawn with the seed; 0 for none."}
     )
     fresh: bool = field(default=False, metadata={"help": "Ignore the checkpoints of an earlier run."})
-    user_column: str = field(default=USER, metadata={"help": "The interactions' user column."})
-    item_column: str = field(default=ITEM, metadata={"help": "The interactions' item column."})
-    timestamp_column: str = field(default=TIMESTAMP, metadata={"help": "The interactions' time column, if any."})
-    position_column: str = field(default=POSITION, metadata={"help": "The interactions' order column, if any."})
 
 
 def make_parser() -> "TrlParser":
-    from trl import SFTConfig, TrlParser
+    from trl import SFTConfig
 
-    return TrlParser((DataArguments, BackboneArguments, SFTConfig))
+    return parser((DataArguments, ColumnArguments, BackboneArguments, SFTConfig), __doc__)
 
 
-def main(data: DataArguments, backbone: BackboneArguments, training: "SFTConfig") -> None:
+def main(data: DataArguments, names: ColumnArguments, backbone: BackboneArguments, training: "SFTConfig") -> None:
     import datasets
     import numpy as np
     import torch
@@ -99,15 +97,11 @@ def main(data: DataArguments, backbone: BackboneArguments, training: "SFTConfig"
     from llmrec.training import RankingCallback, checkpoint_to_resume, log_curve
     from llmrec.vocabulary import PlainText, start_token
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     transformers.set_seed(training.seed)
 
     catalog = Catalog.from_build(data.semantic_ids)
     items = Items.read(Path(data.semantic_ids) / "items.jsonl")
-    columns = ColumnNames(
-        user=data.user_column, item=data.item_column, timestamp=data.timestamp_column, position=data.position_column
-    )
-    split = leave_one_out(Interactions.read(data.interactions, columns), items)
+    split = leave_one_out(Interactions.read(data.interactions, names.names()), items)
     prompt = Prompt.read(data.prompt if data.prompt.endswith(".jinja") else stage_path(f"prompts/{data.prompt}.jinja"))
 
     tokenizer, catalog = _tokenizer(backbone, catalog, items.texts())
@@ -176,9 +170,12 @@ def main(data: DataArguments, backbone: BackboneArguments, training: "SFTConfig"
     model = trainer.accelerator.unwrap_model(trainer.model)
     if backbone.lora_rank:
         model = model.merge_and_unload()
+    source = backbone.backbone
+    if source is not None and Path(source).exists():
+        source = Path(source).name
     settings.training = {
-        "data": asdict(data),
-        "backbone": asdict(backbone),
+        "data": {name: getattr(data, name) for name in ("prompt", "supervision", "max_history", "num_beams")},
+        "backbone": asdict(backbone) | {"backbone": source},
         "trainer": {name: getattr(training, name) for name in _RECORDED},
         "evaluations": log_curve(trainer.state.log_history),
         "versions": {package.__name__: package.__version__ for package in (llmrec, transformers, datasets)},
@@ -226,7 +223,4 @@ def _model(backbone: BackboneArguments, tokenizer: Any, catalog: Any, longest: i
 
 
 if __name__ == "__main__":
-    try:
-        main(*make_parser().parse_args_and_config())
-    except LLMRecError as error:
-        raise SystemExit(f"error: {error}") from None
+    run(main, make_parser())
