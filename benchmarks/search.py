@@ -2,7 +2,7 @@
 
     python benchmarks/search.py [--prompts 32] [--beams 20] [--items 2000]
 
-Four ways to the same question, on one random Llama of 3.7 M parameters, in one run, on the same prompts:
+Four ways to the same question, on one random Llama of 1.0 M parameters, in one run, on the same prompts:
 
 * engine:      the search inside one vLLM engine step (llmrec.engine), through LLM.encode
 * decode:      llmrec.decoding with transformers
