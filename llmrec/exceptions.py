@@ -40,7 +40,8 @@ class UnknownItemError(RequestError):
     """A history names items that the catalog does not hold."""
 
     def __init__(self, item_ids: list[str]) -> None:
-        shown = ", ".join(repr(item) for item in item_ids[:5]) + (", …" if len(item_ids) > 5 else "")
+        short = (repr(item if len(item) <= 100 else item[:100] + "…") for item in item_ids[:5])
+        shown = ", ".join(short) + (", …" if len(item_ids) > 5 else "")
         super().__init__(
             f"{len(item_ids)} item(s) of the history are not in the catalog: {shown}. "
             "Send ids of the catalog, or ask for unknown items to be ignored."

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import StrictUndefined, TemplateError
@@ -54,10 +55,10 @@ class Prompt:
         items = [_item(catalog, row) for row in history]
         try:
             return self._template.render(history=items)
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise PromptError(
                 f"The prompt template cannot be rendered: {error}. An item has the columns "
-                f"{sorted(items[0]) if items else ['semantic_id']}."
+                f"{sorted(vars(items[0])) if items else ['semantic_id']}."
             ) from error
 
     def encode(self, catalog: Catalog, history: Sequence[int], text: "PlainText", start: int) -> list[int]:
@@ -82,14 +83,23 @@ class Prompt:
                 self._template.render(history=items[:n]) == "".join(item["semantic_id"] for item in items[:n])
                 for n in range(4)
             )
-        except TemplateError:
+        except (TemplateError, TypeError, ValueError, ArithmeticError):
             return False  # it asks for columns
 
 
-def _item(catalog: Catalog, row: int) -> dict[str, Any]:
-    # The placeholder's own characters must not come from an item's text.
-    columns = {
-        name: _PRIVATE.sub("", value) if isinstance(value, str) else value
-        for name, value in catalog.items[row].items()
-    }
-    return columns | {"title": _PRIVATE.sub("", catalog.title(row)), "semantic_id": f"{_OPEN}{row}{_CLOSE}"}
+def _item(catalog: Catalog, row: int) -> SimpleNamespace:
+    """One item as a template sees it: its columns are attributes, whatever their names (`items`, `values`, …)."""
+    columns: dict[str, Any] = {name: _without_placeholders(value) for name, value in catalog.items[row].items()}
+    columns |= {"title": _without_placeholders(catalog.title(row)), "semantic_id": f"{_OPEN}{row}{_CLOSE}"}
+    return SimpleNamespace(**columns)
+
+
+def _without_placeholders(value: Any) -> Any:
+    """`value` without the placeholder's own characters, which only the catalog may write; also inside lists."""
+    if isinstance(value, str):
+        return _PRIVATE.sub("", value)
+    if isinstance(value, list | tuple):
+        return [_without_placeholders(entry) for entry in value]
+    if isinstance(value, dict):
+        return {_without_placeholders(name): _without_placeholders(entry) for name, entry in value.items()}
+    return value

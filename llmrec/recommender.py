@@ -59,6 +59,10 @@ class Settings:
     split: str = ""
     training: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.max_history < 1 or self.num_beams < 1:
+            raise RequestError(f"max_history is {self.max_history} and num_beams {self.num_beams}. Both count from 1.")
+
 
 class Recommender:
     """Recommends the next items of a history with a causal language model in transformers.
@@ -151,6 +155,8 @@ class Recommender:
             UnknownItemError: if the history names unknown items.
             RequestError: if k is below 1.
         """
+        if isinstance(history, str):
+            raise RequestError(f"The history is the string {history[:80]!r}. Give a list of item ids.")
         rows = self.catalog.rows(history, ignore_unknown)
         found, scores = self.recommend_rows([rows], k, exclude_seen, num_beams)
         return [
@@ -167,7 +173,9 @@ class Recommender:
         progress: bool = False,
     ) -> tuple[list[list[int]], list[list[float]]]:
         """`recommend` for many histories of catalog rows: the rows found and their log-probabilities, in order."""
-        beams = check_request(k, num_beams or self.settings.num_beams)
+        beams = check_request(k, self.settings.num_beams if num_beams is None else num_beams)
+        if outside := [row for rows in histories for row in rows if not 0 <= row < len(self.catalog)]:
+            raise RequestError(f"Row {outside[0]} is not in the catalog of {len(self.catalog)}. Rows count from 0.")
         prompts = [self.encoder.encode(rows) for rows in histories]
         items: list[list[int]] = [[] for _ in histories]
         scores: list[list[float]] = [[] for _ in histories]
@@ -232,8 +240,8 @@ def load_parts(
 
 def check_request(k: int, num_beams: int) -> int:
     """The beams of a search for `k` items; raises RequestError if k or the beams are below 1."""
-    if k < 1:
-        raise RequestError(f"k is {k}, and a recommendation has at least one item. Ask for k >= 1.")
+    if k < 1 or k != int(k):
+        raise RequestError(f"k is {k}, and a recommendation has a whole number of items, from 1 on. Ask for k >= 1.")
     if num_beams < 1:
         raise RequestError(f"num_beams is {num_beams}. Search with at least one beam.")
     return max(k, num_beams)

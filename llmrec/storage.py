@@ -1,5 +1,6 @@
 """Writing files and folders so that a crash leaves the old content or the new, never a torn one."""
 
+import glob
 import hashlib
 import json
 import os
@@ -8,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 
 @contextmanager
@@ -36,7 +39,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
+    _sweep(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -49,6 +52,20 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sweep(path: Path) -> None:
+    """Puts right what killed processes left beside `path`: an old folder comes back, half-written ones go."""
+    for left in sorted(path.parent.glob(f".{glob.escape(path.name)}.*.old")) + sorted(
+        path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
+    ):
+        pid = left.name.split(".")[-2]
+        if not pid.isdigit() or (int(pid) != os.getpid() and psutil.pid_exists(int(pid))):
+            continue
+        if left.suffix == ".old" and not path.exists():
+            os.replace(left, path)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -123,6 +124,8 @@ def log_curve(history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     curve: dict[int, dict[str, float]] = {}
     for entry in history:
         if "eval_loss" in entry:
-            numbers = {name: float(value) for name, value in entry.items() if isinstance(value, int | float)}
+            # A diverged loss is NaN, which JSON has no word for.
+            finite = (name for name, value in entry.items() if isinstance(value, int | float) and math.isfinite(value))
+            numbers = {name: float(entry[name]) for name in finite}
             curve.setdefault(int(entry["step"]), {}).update(numbers)
     return list(curve.values())

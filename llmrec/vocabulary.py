@@ -72,22 +72,31 @@ class PlainText:
     """Encodes untrusted text so that none of it becomes a control token or a semantic ID.
 
     Tokenizers turn the string of an added token into that token wherever it stands, also inside an item's title. Here
-    such strings are broken up first, and the ids are checked afterwards.
+    such strings are broken up first, and the ids are checked afterwards. Added tokens of white space, or of a single
+    character, are text and stay.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
         added = {token.content: id for id, token in tokenizer.added_tokens_decoder.items()}
-        self._added_ids = frozenset(added.values())
-        longest_first = sorted((string for string in added if string), key=len, reverse=True)
+        control = {string: id for string, id in added.items() if len(string.strip()) > 1}
+        self._control_ids = frozenset(control.values())
+        longest_first = sorted(control, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without control tokens; raises CatalogError if one survives all the same."""
-        # Breaking one token's string can join what is left into another's: repeat until nothing matches.
+        # Breaking one token's string can make another's, one longer: repeated, it ends at the longest at the latest.
         while self._pattern is not None and self._pattern.search(text):
-            text = self._pattern.sub(lambda match: match.group()[:1] + " " + match.group()[1:], text)
+            text = self._pattern.sub(_broken, text)
         ids = self._tokenizer.encode(text, add_special_tokens=False)
-        if not self._added_ids.isdisjoint(ids):
+        if not self._control_ids.isdisjoint(ids):
             raise CatalogError(f"The text {text[:80]!r} turns into control tokens. Remove them from the item's text.")
         return [int(id) for id in ids]
+
+
+def _broken(match: re.Match[str]) -> str:
+    """The token's string with a space behind its first visible character: what comes out never holds it again."""
+    string = match.group()
+    place = len(string) - len(string.lstrip()) + 1
+    return f"{string[:place]} {string[place:]}"

@@ -63,6 +63,35 @@ def test_other_columns_stay_text_too():
     assert not set(ADDED.values()) & set(prompt.encode(catalog, [7], PlainText(TOKENIZER), 1)[1:])
 
 
+@pytest.mark.parametrize("value", [{"x": "\ue0003\ue001"}, ["\ue0003\ue001"], [{"y": ["<s0_1>\ue0003\ue001"]}]])
+def test_nested_columns_stay_text_too(value):
+    items = [dict(item, details=value) for item in CATALOG.items]
+    catalog = Catalog(items, CATALOG.codes, CATALOG.codebook_sizes, CATALOG.token_ids)
+    prompt = Prompt("{% for item in history %}{{ item.details }}{% endfor %}")
+    assert not set(ADDED.values()) & set(prompt.encode(catalog, [7], PlainText(TOKENIZER), 1)[1:])
+
+
+def test_columns_may_have_any_name():
+    items = [dict(item, values="v", items="i", keys="k") for item in CATALOG.items]
+    catalog = Catalog(items, CATALOG.codes, CATALOG.codebook_sizes, CATALOG.token_ids)
+    source = "{% for item in history %}{{ item.values }}{{ item.items }}{{ item['keys'] }}{% endfor %}"
+    assert Prompt(source).render(catalog, [7, 8]) == "vikvik"
+
+
+def test_arithmetic_on_what_is_no_number_is_an_error_of_the_prompt():
+    with pytest.raises(PromptError, match="cannot be rendered"):
+        Prompt("{{ history[0].brand / 2 }}").render(CATALOG, [7])
+
+
+def test_added_white_space_is_text():
+    tokenizer = train_tokenizer(["text"], 300)
+    tokenizer.add_tokens(["  ", "\n", "\t\t", "=", "<x>", "  <y>"])
+    text = PlainText(tokenizer)
+    assert tokenizer.decode(text.encode("a  b\n\t\tc = d")) == "a  b\n\t\tc = d"
+    ids = text.encode("a  <y>b<x>")
+    assert not set(tokenizer.convert_tokens_to_ids(["<x>", "  <y>"])) & set(ids)
+
+
 def test_breaking_up_one_token_may_not_make_another():
     tokenizer = train_tokenizer(["text"], 300)
     tokenizer.add_tokens(["<x>", "< x>"])

@@ -15,6 +15,7 @@ from llmrec.beam import TrieTensors
 from llmrec.decoding import score_catalog
 from llmrec.exceptions import ArtefactError, BackboneError, LLMRecError, RequestError, UnknownItemError
 from llmrec.prompt import Prompt
+from llmrec.recommender import Settings
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,16 @@ def test_requests_that_cannot_be_answered(recommender):
     assert recommender.recommend(["item-1", "lost"], ignore_unknown=True) == recommender.recommend(["item-1"])
     with pytest.raises(RequestError, match="k is 0"):
         recommender.recommend(["item-1"], k=0)
+    with pytest.raises(RequestError, match="num_beams is 0"):
+        recommender.recommend(["item-1"], num_beams=0)
+    with pytest.raises(RequestError, match=r"k is 2\.5"):
+        recommender.recommend(["item-1"], k=2.5)
+    with pytest.raises(RequestError, match="the string 'item-1'"):
+        recommender.recommend("item-1")
+    with pytest.raises(RequestError, match="Row -1"):
+        recommender.recommend_rows([[3, -1]])
+    with pytest.raises(RequestError, match="max_history is 0"):
+        Settings(max_history=0)
     with pytest.raises(RequestError, match="num_beams is -1"):
         recommender.recommend(["item-1"], num_beams=-1)
 

@@ -1,5 +1,7 @@
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,19 @@ def test_sha256_of_reads_every_byte(tmp_path: Path, size: int) -> None:
     content = bytes(i * 31 % 251 for i in range(1000)) * (size // 1000 + 1)
     (tmp_path / "x").write_bytes(content[:size])
     assert sha256_of(tmp_path / "x") == hashlib.sha256(content[:size]).hexdigest()
+
+
+def test_what_killed_processes_left_is_put_right(tmp_path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    half = tmp_path / f".folder.{gone.pid}.tmp"
+    half.mkdir()
+    (half / "torn").write_text("x")
+    # Killed between its two renames: the old folder stands aside, and nothing under its name.
+    aside = tmp_path / f".folder.{gone.pid}.old"
+    aside.mkdir()
+    (aside / "file").write_text("old")
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "folder"):
+        1 / 0  # noqa: B018
+    assert (tmp_path / "folder" / "file").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

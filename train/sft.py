@@ -42,6 +42,11 @@ _RECORDED = (
     "weight_decay",
     "max_grad_norm",
     "train_sampling_strategy",
+    "optim",
+    "metric_for_best_model",
+    "load_best_model_at_end",
+    "eval_steps",
+    "save_steps",
     "bf16",
     "fp16",
 )
@@ -99,6 +104,11 @@ def main(data: DataArguments, names: ColumnArguments, backbone: BackboneArgument
 
     transformers.set_seed(training.seed)
 
+    for name, least in (("max_history", 1), ("num_beams", 1), ("eval_users", 0)):
+        if getattr(data, name) < least:
+            raise DataError(f"--{name} is {getattr(data, name)}. It counts from {least}.")
+    if training.max_steps <= 0 and not training.num_train_epochs > 0:
+        raise DataError(f"--num_train_epochs is {training.num_train_epochs}. Train for more than none.")
     catalog = Catalog.from_build(data.semantic_ids)
     items = Items.read(Path(data.semantic_ids) / "items.jsonl")
     split = leave_one_out(Interactions.read(data.interactions, names.names()), items)
@@ -152,15 +162,12 @@ def main(data: DataArguments, names: ColumnArguments, backbone: BackboneArgument
         processing_class=tokenizer,
         callbacks=callbacks,
     )
-    # Checkpoints of another run (other data, sizes or hyperparameters) are not continued.
-    described = [
-        asdict(data) | {"fresh": None},
-        asdict(backbone),
-        training.to_dict(),
-        split.content_hash,
-        catalog.version,
-    ]
-    resume = checkpoint_to_resume(training.output_dir, described, fresh=data.fresh)
+    # Checkpoints of another run (other data, prompt, vocabulary, sizes or hyperparameters) are not continued.
+    recorded = {name: str(getattr(training, name)) for name in _RECORDED}
+    described = [asdict(data) | {"fresh": None, "artefact": None}, asdict(backbone), recorded, split.content_hash]
+    described += [catalog.version, prompt.source, tokenizer.get_vocab()]
+    with training.main_process_first(desc="looking for a checkpoint"):
+        resume = checkpoint_to_resume(training.output_dir, described, fresh=data.fresh)
     if resume is not None:
         logger.info("continuing from %s", resume)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)

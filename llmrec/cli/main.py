@@ -71,7 +71,7 @@ def quickstart(
         str | None, typer.Option(help="The column of places in a user's history, where there are no times.")
     ] = None,
     title_column: Annotated[str | None, typer.Option(help="The items' column of titles.")] = None,
-    seed: Annotated[int, typer.Option(help="The seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The seed of everything random.")] = 0,
     epochs: Annotated[
         float | None, typer.Option(help="Passes over the training rows; by default fitted to the data.")
     ] = None,

@@ -1,10 +1,11 @@
 """`llmrec quickstart`: every stage once, by the scripts that a user runs, and three users served over HTTP."""
 
+import fcntl
 import json
+import math
 import os
 import shlex
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -16,14 +17,16 @@ import httpx
 from rich.console import Console
 from rich.rule import Rule
 from rich.table import Table
+from rich.text import Text
 
 from llmrec.data.columns import ColumnNames
 from llmrec.data.interactions import Interactions
 from llmrec.data.items import Items
 from llmrec.data.sample import make_sample
 from llmrec.data.split import Split, leave_one_out
-from llmrec.engine.launch import running_server, wait_until_ready
+from llmrec.engine.launch import check_port, running_server
 from llmrec.exceptions import DataError, StageError
+from llmrec.guard import run as run_guarded
 from llmrec.stages import stage_command, stage_path
 from llmrec.storage import write_json
 
@@ -45,7 +48,20 @@ class _Run:
     """One quickstart: its folders, its clock and its console."""
 
     def __init__(self, out: Path) -> None:
+        """Takes the folder for itself, and removes the results of an earlier run, which are this one's to write.
+
+        Raises:
+            StageError: if another quickstart is using the folder.
+        """
         self.out = out
+        out.mkdir(parents=True, exist_ok=True)
+        self._lock = open(out / ".lock", "w")  # noqa: SIM115 (held until this process ends)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StageError(f"Another quickstart is using {out}. Wait for it, or give another --out.") from error
+        for name in ("evaluation.json", "result.json"):
+            (out / name).unlink(missing_ok=True)
         self.begin = time.monotonic()
         # Where nobody watches, lines are as long as they are: a log is searched, not read column by column.
         self.console = Console(width=None if sys.stdout.isatty() else 140)
@@ -57,6 +73,10 @@ class _Run:
         self._step += 1
         self.console.print(Rule(f"[{self._step}/{_STEPS}] {title}   ({self.seconds():.0f} s)", align="left"))
 
+    def say(self, text: str) -> None:
+        """Prints a line that may hold names and paths: no markup, no colours, no line breaks of rich's own."""
+        self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
     def seconds(self) -> float:
         return time.monotonic() - self.begin
 
@@ -65,7 +85,7 @@ class _Run:
         command = stage_command(name, arguments, launcher_args=launcher_args)
         self.commands.append(shlex.join(["python", *command[1:]]))
         self.console.print(f"$ {self.commands[-1]}", style="dim", soft_wrap=True, markup=False, highlight=False)
-        if (code := subprocess.run(command, env=self._environment, check=False).returncode) != 0:
+        if (code := run_guarded(command, self._environment)) != 0:
             raise StageError(
                 f"{name} ended with code {code}; what it said is above. Mend that and repeat the command: finished "
                 "stages are quick, and training continues from its last checkpoint."
@@ -95,6 +115,10 @@ def quickstart(
         DataError: if the files cannot be read, or an item file comes without interactions.
         StageError: if a stage fails.
     """
+    if epochs is not None and not 0 < epochs < math.inf:
+        raise DataError(f"--epochs {epochs} is no number of passes. Give one above 0.")
+    port = port or _free_port()
+    check_port(port)  # now, not after the training
     run = _Run(out)
     named = {
         "user": user_column,
@@ -136,24 +160,23 @@ def quickstart(
     single = ["--config_file", str(stage_path("train/accelerate/single.yaml"))]
     run.stage("train/sft.py", _flags(training | data), single)
 
-    port = port or _free_port()
     server_log = out / "server.log"
     with running_server(out / "artefact", port, server_log, max_num_seqs=32) as server:
         run.announce("Evaluation on every user's last item, while vLLM starts")
-        run.console.print(f"  server log: {server_log}", highlight=False)
+        run.say(f"  server log: {server_log}")
         scoring = {"--artefact": str(out / "artefact"), "--out": str(out / "evaluation.json"), "--seed": str(seed)}
         run.stage("train/score.py", _flags(scoring | data))
 
         run.announce("Recommendations over HTTP")
-        wait_until_ready(server, port, server_log)
-        answers = _fetch(f"http://127.0.0.1:{port}", split, table)
+        server.wait_until_ready()
+        answers = _fetch(server.url, split, table)
         evaluation = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
-        _show_users(run.console, answers, table)
-        result = _result(evaluation, answers, run.seconds())
+        result = _result(evaluation, answers, set(table.ids), run.seconds())
         write_json(out / "result.json", result)
+        _show_users(run.console, answers, table)
         _show_end(run, result, synthetic=interactions is None, port=port, serving=keep_serving)
         if keep_serving:
-            server.wait()
+            server.process.wait()
 
 
 def _data(
@@ -181,7 +204,7 @@ def _data(
             )
     log.write(run.out / "data/interactions.parquet")
     table.write(run.out / "data/items.parquet")
-    run.console.print(f"  {run.out / 'data'}: {len(log):,} interactions, {len(table):,} items", highlight=False)
+    run.say(f"  {run.out / 'data'}: {len(log):,} interactions, {len(table):,} items")
     return log, table
 
 
@@ -198,7 +221,8 @@ def _fetch(url: str, split: Split, items: Items) -> list[dict[str, Any]]:
     answers = []
     for user in chosen:
         history = [items.ids[row] for row in histories[user]]
-        response = httpx.post(f"{url}/v1/recommend", json={"history": history, "k": 5}, timeout=120.0)
+        with httpx.Client(trust_env=False, timeout=120.0) as client:
+            response = client.post(f"{url}/v1/recommend", json={"history": history, "k": 5})
         response.raise_for_status()
         answers.append(
             {
@@ -211,12 +235,16 @@ def _fetch(url: str, split: Split, items: Items) -> list[dict[str, Any]]:
     return answers
 
 
-def _result(evaluation: dict[str, Any], answers: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+def _result(
+    evaluation: dict[str, Any], answers: list[dict[str, Any]], catalog: set[str], seconds: float
+) -> dict[str, Any]:
     """`result.json`: the evaluation, its rates over the lists of all systems and over those that HTTP gave."""
     lists = [[item["id"] for item in answer["items"]] for answer in answers]
     duplicates = sum(len(found) - len(set(found)) for found in lists)
+    invalid = sum(item not in catalog for found in lists for item in found)
     shown = max(1, sum(map(len, lists)))
     return evaluation | {
+        "invalid_rate": max(evaluation["invalid_rate"], invalid / shown),
         "duplicate_rate": max(evaluation["duplicate_rate"], duplicates / shown),
         "served": answers,
         "seconds": round(seconds, 1),
@@ -226,12 +254,12 @@ def _result(evaluation: dict[str, Any], answers: list[dict[str, Any]], seconds: 
 def _show_users(console: Console, answers: list[dict[str, Any]], items: Items) -> None:
     titles = dict(zip(items.ids, items.titles, strict=True))
     for answer in answers:
-        table = Table("rank", "recommended", "probability", title=f"User {answer['user']}", title_justify="left")
+        table = Table("rank", "recommended", "probability", title=Text(f"User {answer['user']}"), title_justify="left")
         for item in answer["items"]:
             mark = "   (what they took next)" if item["id"] == answer["next"] else ""
             probability = f"{100 * 2.718281828459045 ** item['log_probability']:.2f} %"
-            table.add_row(str(item["rank"]), f"{item['title'][:80]}{mark}", probability)
-        console.print(table, markup=False)
+            table.add_row(str(item["rank"]), Text(f"{item['title'][:80]}{mark}"), probability)
+        console.print(table)
         console.print(
             "  after: " + "; ".join(titles[i][:60] for i in answer["history"]), markup=False, highlight=False
         )
@@ -248,7 +276,7 @@ def _show_end(run: _Run, result: dict[str, Any], synthetic: bool, port: int, ser
     run.console.print(table)
     if synthetic:
         run.console.print("The data is synthetic: compare these numbers with each other, not with any paper's.")
-    say = lambda text: run.console.print(text, soft_wrap=True, markup=False, highlight=False)  # noqa: E731
+    say = run.say
     say(f"Done in {run.seconds():.0f} s. Numbers: {out / 'result.json'}; model: {out / 'artefact'}/")
     say("")
     say("Serve it:          " + shlex.join(["llmrec", "serve", str(out / "artefact"), "--port", "8000"]))

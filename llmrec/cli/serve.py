@@ -4,6 +4,7 @@ import os
 
 from llmrec import artefact as folders
 from llmrec.engine.launch import server_command
+from llmrec.guard import guarded
 
 
 def serve(
@@ -35,4 +36,5 @@ def serve(
         extra=vllm_args,
         **{name: value for name, value in optional.items() if value is not None},  # type: ignore[arg-type]
     )
-    os.execve(command[0], command, environment)
+    guard = guarded(command)
+    os.execve(guard[0], guard, environment)

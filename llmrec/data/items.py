@@ -87,8 +87,11 @@ class Items:
                 )
         # A column that bears a canonical name without playing its part would be in the way.
         others = [name for name in frame.columns if name not in (item, title, ITEM, TITLE)]
+        if binary := [name for name in others if frame[name].dtype in (pl.Binary, pl.Object)]:
+            logger.warning("%s: columns of bytes are left out: %s", source, ", ".join(binary))
+            others = [name for name in others if name not in binary]
         cleaned = {name: _clean(frame[name]) for name in others}
-        titles = _clean(frame[title].cast(pl.String)).to_list() if title else [None] * frame.height
+        titles: list[str | None] = _titles(frame[title], source) if title else [None] * frame.height
         missing = [row for row, value in enumerate(titles) if not value]
         canonical = pl.DataFrame({ITEM: ids, **cleaned})
         candidates = [cleaned[name].to_list() for name in others if _reads_like_text(cleaned[name])]
@@ -180,8 +183,26 @@ def _clean(values: pl.Series) -> pl.Series:
         inner = inner.inner  # type: ignore[assignment]
     if inner not in (pl.String, pl.Categorical, pl.Enum):
         return values
-    cleaned = [" ".join(html.unescape(_joined(value)).split()) or None for value in values.to_list()]
+    cleaned = [" ".join(_unescaped(_joined(value)).split()) or None for value in values.to_list()]
     return pl.Series(values.name, cleaned, dtype=pl.String)
+
+
+def _titles(values: pl.Series, source: str) -> list[str | None]:
+    """A title column, cleaned, as strings; raises DataError for one that holds neither text nor numbers."""
+    cleaned = _clean(values)
+    if cleaned.dtype != pl.String and not cleaned.dtype.is_numeric() and cleaned.dtype != pl.Null:
+        raise DataError(
+            f"{source}: the title column {values.name!r} holds {values.dtype}, which is no text. "
+            "Name another one with --title-column."
+        )
+    return cleaned.cast(pl.String).to_list()
+
+
+def _unescaped(text: str) -> str:
+    """`text` without HTML entities, however often they were escaped: cleaning what is clean changes nothing."""
+    while (plain := html.unescape(text)) != text:
+        text = plain
+    return text
 
 
 def _joined(value: Any) -> str:

@@ -49,6 +49,10 @@ def read_table(path: str | Path) -> pl.DataFrame:
             frame = pl.read_ndjson(path, infer_schema_length=None)
         else:
             frame = pl.read_csv(path, separator=separator, infer_schema=False)
+            # What polars calls the second of two columns of one name.
+            if twins := [n for n in frame.columns if n.partition("_duplicated_")[2].isdigit()]:
+                name = twins[0].partition("_duplicated_")[0]
+                raise DataError(f"{path} has the column {name!r} more than once. Rename or remove one of them.")
     except (PolarsError, OSError, EOFError) as error:
         _raise_located(path, error)
     if frame.width == 0 or frame.height == 0:
@@ -67,6 +71,13 @@ def read_ids(frame: pl.DataFrame, column: str, source: str) -> pl.Series:
             row = int(fractions.fill_null(False).arg_max() or 0)
             raise DataError(
                 f"{source}, row {row + 1}: {column} is {values[row]}, which is no id. Write ids as text or integers."
+            )
+        huge = (values.abs() >= 2**53).fill_null(False)
+        if huge.any():
+            row = int(huge.arg_max() or 0)
+            raise DataError(
+                f"{source}, row {row + 1}: {column} is {values[row]:.0f}, too long for a float. "
+                "Write ids as text or integers."
             )
         values = values.cast(pl.Int64)
     elif not (values.dtype.is_integer() or values.dtype in (pl.String, pl.Categorical, pl.Enum, pl.Null)):

@@ -11,7 +11,7 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from llmrec.catalog import Catalog
-from llmrec.engine.plugin import MAX_BEAMS
+from llmrec.engine.plugin import LAUNCH, MAX_BEAMS
 from llmrec.engine.request import FAILED, SearchParameters
 from llmrec.exceptions import EngineError, RequestError
 from llmrec.recommender import PromptEncoder, check_request, load_parts
@@ -22,6 +22,7 @@ DEFAULT_MAX_BEAMS = 512
 # Routes of vLLM's pooling server that would hand out a search's raw tensor as if it were an embedding.
 _HIDDEN = (
     "/pooling",
+    "/invocations",
     "/v1/embeddings",
     "/v2/embed",
     "/classify",
@@ -40,11 +41,16 @@ class RecommendRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    history: list[str] = Field(description="Item ids, oldest first. Empty: what the model expects of a new user.")
-    k: int = Field(default=10, ge=1, description="Items wanted. Fewer come back only where fewer remain.")
+    history: list[str] = Field(
+        max_length=10_000, description="Item ids, oldest first. Empty: what the model expects of a new user."
+    )
+    k: int = Field(default=10, ge=1, strict=True, description="Items wanted. Fewer come back only where fewer remain.")
     exclude_seen: bool = Field(default=True, description="Whether items of the history are no candidates.")
     num_beams: int | None = Field(
-        default=None, ge=1, description="Beams of the search, at least k. More find better items, at more cost."
+        default=None,
+        ge=1,
+        strict=True,
+        description="Beams of the search, at least k. More find better items, at more cost.",
     )
     ignore_unknown: bool = Field(
         default=False, description="Skip ids that the catalog does not hold, instead of refusing the request."
@@ -198,6 +204,11 @@ def _router() -> APIRouter:
         endpoint: Endpoint | None = getattr(raw.app.state, "llmrec", None)
         if endpoint is None or endpoint.engine.errored:
             raise HTTPException(status_code=503, detail="The engine is not running. See the server's log.")
-        return {"ready": True, "items": len(endpoint.catalog), "catalog_version": endpoint.catalog.version}
+        return {
+            "ready": True,
+            "items": len(endpoint.catalog),
+            "catalog_version": endpoint.catalog.version,
+            "launch": os.environ.get(LAUNCH),
+        }
 
     return router

@@ -4,16 +4,20 @@ import importlib.util
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from llmrec.engine.plugin import ARCHITECTURES, EXIT_WITH_PARENT, MAX_BEAMS
+from llmrec.engine.plugin import ARCHITECTURES, LAUNCH, MAX_BEAMS
 from llmrec.environment import DEFAULT_KV_CACHE_GIB
 from llmrec.exceptions import DependencyError, EngineError
+from llmrec.guard import guarded
 
 _KV_CACHE = "VLLM_CPU_KVCACHE_SPACE"
 
@@ -93,54 +97,87 @@ def server_command(
     return command, environment
 
 
+@dataclass(frozen=True)
+class Server:
+    """A server that was started here.
+
+    Attributes:
+        process: its process; it and all its children die with this one.
+        url: where it listens.
+        log: what it prints.
+        launch: what its `/ready` answers, and no other server's.
+    """
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+    launch: str
+
+    def wait_until_ready(self, timeout: float = 600.0) -> None:
+        """Returns when it answers; raises EngineError with the log's end if it dies or takes over `timeout` s."""
+        import httpx
+
+        begin = time.monotonic()
+        with httpx.Client(trust_env=False, timeout=5.0) as client:  # a proxy has no part in what stays on this machine
+            while time.monotonic() - begin < timeout:
+                if self.process.poll() is not None:
+                    raise EngineError(
+                        f"The server ended with code {self.process.returncode}; its log {self.log} ends with:\n"
+                        f"{_tail(self.log)}\nMend what it names, or run `llmrec doctor`."
+                    )
+                try:
+                    answer = client.get(f"{self.url}/ready")
+                    if answer.status_code == 200 and answer.json().get("launch") == self.launch:
+                        return
+                except (httpx.HTTPError, ValueError):
+                    pass
+                time.sleep(0.5)
+        raise EngineError(
+            f"The server was not ready after {timeout:.0f} s; its log is {self.log}. Run `llmrec doctor`."
+        )
+
+
 @contextmanager
-def running_server(
-    artefact: Path, port: int, log: Path, timeout: float = 600.0, **options: object
-) -> Iterator[subprocess.Popen[bytes]]:
+def running_server(artefact: Path, port: int, log: Path, **options: object) -> Iterator[Server]:
     """Starts a server as a child that dies with this process, yields it at once, and ends it on the way out.
 
     Args:
         artefact: a checked artefact folder.
         port: where it will listen, on 127.0.0.1.
         log: file for what it prints.
-        timeout: seconds to wait for it to end when told to, before it is killed.
         options: as for `server_command`.
+
+    Raises:
+        EngineError: if something listens on the port already.
     """
+    check_port(port)
     command, environment = server_command(artefact, port=port, **options)  # type: ignore[arg-type]
-    environment[EXIT_WITH_PARENT] = str(os.getpid())
+    environment[LAUNCH] = launch = uuid.uuid4().hex
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "wb") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            guarded(command, with_parent=True), env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
     try:
-        yield process
+        yield Server(process, f"http://127.0.0.1:{port}", log, launch)
     finally:
         if process.poll() is None:
             process.terminate()
             try:
-                process.wait(min(timeout, 20.0))
+                process.wait(20.0)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
 
 
-def wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path, timeout: float = 600.0) -> None:
-    """Returns when `/ready` answers; raises EngineError with the log's end if the server dies or takes too long."""
-    import httpx
-
-    begin = time.monotonic()
-    while time.monotonic() - begin < timeout:
-        if process.poll() is not None:
-            raise EngineError(
-                f"The server ended with code {process.returncode}; its log {log} ends with:\n{_tail(log)}\n"
-                "Mend what it names, or run `llmrec doctor`."
-            )
+def check_port(port: int) -> None:
+    """Raises EngineError if `port` of 127.0.0.1 is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            if httpx.get(f"http://127.0.0.1:{port}/ready", timeout=5.0).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.5)
-    raise EngineError(f"The server was not ready after {timeout:.0f} s; its log is {log}. Run `llmrec doctor`.")
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise EngineError(f"Port {port} cannot be used: {error}. Choose another, or stop what uses it.") from error
 
 
 def _tail(log: Path, lines: int = 25) -> str:

@@ -54,11 +54,13 @@ def beam_model(architecture: str) -> type:
     def process_weights_after_loading(self: Any) -> None:
         if hasattr(original, "process_weights_after_loading"):
             original.process_weights_after_loading(self)
-        layers = {
-            name: layer
-            for name, layer in self._llmrec_config.compilation_config.static_forward_context.items()
-            if hasattr(layer, "impl")
-        }
+        context = self._llmrec_config.compilation_config.static_forward_context
+        layers = {name: layer for name, layer in context.items() if hasattr(layer, "impl")}
+        if stateful := [name for name, layer in context.items() if hasattr(layer, "kv_cache") and name not in layers]:
+            raise EngineError(
+                f"Layer {stateful[0]} keeps a state that is no paged attention, and beams cannot share it. "
+                "Serve a model with plain paged attention, or recommend with transformers."
+            )
         for name, layer in layers.items():
             refuse_unsupported(name, layer)
             teach_beams(layer.impl)

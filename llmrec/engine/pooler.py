@@ -62,7 +62,8 @@ class BeamPooler(Pooler):
         cursor = pooling_metadata.get_pooling_cursor()
         results: list[torch.Tensor | None] = [None] * len(parameters)
         if metadata is None:  # vLLM's dummy run: no cache, nothing to search
-            return [torch.zeros((1, 2), dtype=torch.float64, device=hidden_states.device) for _ in parameters]
+            nothing = torch.zeros((1, 2), dtype=torch.float64, device=hidden_states.device)
+            return [nothing if asked.extra_kwargs is None else _failed() for asked in parameters]
         finished = [row for row, done in enumerate(cursor.get_finished_mask()) if done]
         groups: dict[int, list[int]] = {}
         for row in finished:

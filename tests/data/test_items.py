@@ -134,3 +134,23 @@ def test_write_and_read(tmp_path):
     again = Items.read(tmp_path / "items.parquet")
     assert again.frame.equals(items.frame)
     assert again.texts() == items.texts() == ["A. tags: x.", "y, z."]
+
+
+def test_cleaning_what_is_clean_changes_nothing(tmp_path):
+    items = Items.from_frame(pl.DataFrame({"item_id": ["a"], "title": ["AT&amp;amp;T &lt;b&gt;"]}))
+    assert items.titles == ["AT&T <b>"]
+    items.write(tmp_path / "items.parquet")
+    assert Items.read(tmp_path / "items.parquet").titles == items.titles
+
+
+def test_odd_title_columns(tmp_path):
+    assert Items.from_frame(pl.DataFrame({"item_id": ["a"], "title": [["x", "y"]]})).titles == ["x, y"]
+    assert Items.from_frame(pl.DataFrame({"item_id": ["a"], "title": [7]})).titles == ["7"]
+    for value in (b"bytes", {"x": "y"}):
+        with pytest.raises(DataError, match="--title-column"):
+            Items.from_frame(pl.DataFrame({"item_id": ["a"], "title": [value]}))
+
+
+def test_columns_of_bytes_are_left_out():
+    items = Items.from_frame(pl.DataFrame({"item_id": ["a"], "title": ["t"], "image": [b"\x00\xff"]}))
+    assert "image" not in items.frame.columns

@@ -11,7 +11,7 @@ import pytest
 import torch
 from factories import random_recommender
 
-from llmrec.engine.launch import running_server, wait_until_ready
+from llmrec.engine.launch import running_server
 from llmrec.recommender import Recommender
 
 NUM_ITEMS = 500
@@ -24,6 +24,7 @@ class Served:
     url: str
     process: psutil.Process
     recommender: Recommender
+    artefact: Path
 
     def post(self, **body):
         return httpx.post(f"{self.url}/v1/recommend", json=body, timeout=120.0)
@@ -51,9 +52,9 @@ def serve(folder: Path, model_type: str, **options):
     )
     recommender.save_pretrained(folder / "artefact")
     port, log = free_port(), folder / "server.log"
-    with running_server(folder / "artefact", port, log, **options) as process:
-        wait_until_ready(process, port, log, timeout=400)
-        yield Served(f"http://127.0.0.1:{port}", psutil.Process(process.pid), recommender)
+    with running_server(folder / "artefact", port, log, **options) as server:
+        server.wait_until_ready(timeout=400)
+        yield Served(server.url, psutil.Process(server.process.pid), recommender, folder / "artefact")
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,17 @@
 
 import os
 import signal
+import subprocess
 import time
 
 import httpx
 import psutil
 import pytest
 from factories import random_histories
+
+from llmrec.engine.launch import Server, check_port, server_command
+from llmrec.exceptions import EngineError
+from llmrec.guard import guarded
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -82,6 +87,10 @@ def test_empty_history_is_answered(llama_server):
         ({"history": ["item-1"], "k": 601}, "at most 600"),
         ({"history": ["item-1"], "num_beams": 0}, "greater than or equal to 1"),
         ({"history": "item-1"}, "list"),
+        ({"history": ["item-1"], "k": True}, "integer"),
+        ({"history": ["item-1"], "k": "3"}, "integer"),
+        ({"history": ["x"] * 10_001}, "10000"),
+        ({"history": ["x" * 5000]}, "…"),
         ({"k": 3}, "history"),
         ({"history": [], "kk": 3}, "kk"),
     ],
@@ -104,12 +113,42 @@ def test_routes(llama_server):
 
     assert get("/health").status_code == 200
     ready = get("/ready").json()
+    assert ready.pop("launch")
     assert ready == {"ready": True, "items": 500, "catalog_version": llama_server.recommender.catalog.version}
     assert [model["id"] for model in get("/v1/models").json()["data"]] == ["artefact"]
     assert "/v1/recommend" in get("/openapi.json").json()["paths"]
     assert get("/docs").status_code == 200
-    for hidden in ("/pooling", "/v1/embeddings"):
+    for hidden in ("/pooling", "/v1/embeddings", "/invocations"):
         assert httpx.post(f"{llama_server.url}{hidden}", json={"input": "x"}, timeout=30.0).status_code == 404
+
+
+def test_another_server_is_not_taken_for_ones_own(llama_server, tmp_path):
+    port = int(llama_server.url.rpartition(":")[2])
+    with pytest.raises(EngineError, match=f"Port {port}"):
+        check_port(port)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        with pytest.raises(EngineError, match="not ready"):
+            Server(process, llama_server.url, tmp_path / "log", "another launch").wait_until_ready(timeout=3)
+        process.kill()
+
+
+def test_killed_while_it_starts_it_leaves_no_process(llama_server):
+    """vLLM's engine is born long before the server is ready, and nobody else would end it."""
+    folder = llama_server.artefact
+    command, environment = server_command(folder, port=1)
+    process = subprocess.Popen(guarded(command), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server, family = psutil.Process(process.pid), []
+    deadline = time.monotonic() + 120
+    while len(family) < 2 and time.monotonic() < deadline:  # the watcher, and the first of vLLM's own
+        family = server.children(recursive=True)
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(family) >= 2
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and any(_alive(child) for child in family):
+        time.sleep(0.2)
+    assert [child for child in family if _alive(child)] == []
 
 
 def test_gpt2_with_chunked_prefill(gpt2_server):
