@@ -94,17 +94,11 @@ def test_lora_on_a_checkpoint(data, tmp_path):
     arguments = BackboneArguments(model_type="gpt2", hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
     from_scratch(arguments, tokenizer, 256).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    flags = [
-        "--backbone",
-        str(tmp_path / "base"),
-        "--max_steps",
-        "30",
-        "--eval_strategy",
-        "no",
-        "--save_strategy",
-        "no",
-    ]
-    sft(data, tmp_path / "artefact", "gpt2_lora", *flags, "--load_best_model_at_end", "false")
+    often = ["--max_steps", "30", "--eval_steps", "15", "--save_steps", "15", "--eval_users", "20"]
+    sft(data, tmp_path / "artefact", "gpt2_lora", "--backbone", str(tmp_path / "base"), *often)
+    training = json.loads((tmp_path / "artefact" / "llmrec.json").read_text())["training"]
+    assert [row["step"] for row in training["evaluations"]] == [15, 30]
+    assert training["backbone"]["backbone"] == "base"  # no path of this machine
     recommender = Recommender.from_pretrained(tmp_path / "artefact")
     # Merged: an ordinary GPT-2, with nothing of PEFT left in it.
     assert not any("lora" in name for name, _ in recommender.model.named_parameters())
