@@ -133,6 +133,23 @@ def test_killed_training_continues_to_the_same_weights(data, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_two_processes_over_the_checkpoints_of_another_run(data, tmp_path):
+    required = ["--config", "train/recipes/debug.yaml", "--semantic_ids", str(data / "ids")]
+    required += ["--interactions", str(data / "log.csv"), "--artefact", str(tmp_path / "artefact")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train/sft.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    for rate in ("0.001", "0.002"):  # the second finds checkpoints that are not its own, and both ranks must agree
+        flags = ["--use_cpu", "true", "--ddp_backend", "gloo", "--learning_rate", rate]
+        done = subprocess.run(
+            [*launch, *required, *flags], capture_output=True, text=True, env=environment, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert "is of another run and is removed" in done.stderr
+    recommender = Recommender.from_pretrained(tmp_path / "artefact")
+    assert recommender.settings.training["trainer"]["learning_rate"] == 0.002
+    assert len(recommender.recommend(["item-1"], k=5)) == 5
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
