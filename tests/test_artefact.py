@@ -150,7 +150,8 @@ def test_resolve_takes_a_local_folder(artefact: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./absent", "a/b/c", "a b", "runs/quickstart/artefact"])
-def test_resolve_says_that_a_path_is_neither_folder_nor_repository(name: str) -> None:
+def test_resolve_says_that_a_path_is_neither_folder_nor_repository(name: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a checkout in which the quickstart ran has the last of them
     with pytest.raises(ArtefactError, match="cannot be a Hub repository's id"):
         resolve(name)
 
