@@ -106,7 +106,7 @@ def _best_in_order(candidate: torch.Tensor, width: int) -> torch.Tensor:
     """(B, width) places of the `width` greatest entries of each row (B, n), places ascending; ties go to the left.
 
     Beams are kept in the order of their nodes, so candidates lie in the order of theirs and left means lower code.
-    A stable sort would say the same, at several times the cost; `topk` alone leaves the order of ties open.
+    A stable sort of all candidates would say the same with more work; `topk` alone leaves the order of ties open.
     """
     threshold = candidate.topk(width, dim=1).values[:, -1:]
     above, tied = candidate > threshold, candidate == threshold
@@ -126,7 +126,7 @@ def _log_probabilities(
     chosen = logits.gather(-1, tokens)
     if renormalize:
         chosen = chosen.masked_fill(~legal, -torch.inf)
-        # A dead beam has no legal child at all: its logsumexp is -inf, and -inf - -inf would be NaN.
+        # Where all children are excluded, the logsumexp is -inf, and -inf - -inf would be NaN.
         total = chosen.logsumexp(-1, keepdim=True)
         return chosen - total.masked_fill(torch.isinf(total), 0.0)
     return chosen - logits.logsumexp(-1, keepdim=True)

@@ -116,7 +116,7 @@ def main(arguments: BuildArguments, names: ColumnArguments) -> None:
             fusion.save(folder / "fusion")
         write_json(folder / "semantic_ids.json", described)
     print_summary(console, resolved.report)
-    console.print(f"{arguments.out}: {time.monotonic() - begun:.0f} s")
+    console.print(f"{arguments.out}: {time.monotonic() - begun:.0f} s", markup=False)
 
 
 def print_summary(console: "Console", report: "CollisionReport") -> None:

@@ -72,10 +72,10 @@ def main(arguments: EmbedArguments, names: ColumnArguments) -> None:
     except ArtefactError:
         stored = None
     if stored is not None and stored.origin == origin and stored.item_ids == items.ids:
-        console.print(f"{out} holds these {len(items):,} embeddings already.")
+        console.print(f"{out} holds these {len(items):,} embeddings already.", markup=False)
         return
 
-    console.print(f"Embedding {len(items):,} items with [bold]{model.name}[/bold]")
+    console.print(f"Embedding {len(items):,} items with {model.name}", markup=False)
     work_folder = out.with_name(f".{out.name}.work")
     if model.is_static:
         embeddings = static_embeddings(texts, seed=arguments.seed)
@@ -96,7 +96,9 @@ def main(arguments: EmbedArguments, names: ColumnArguments) -> None:
         )
     EmbeddingStore(items.ids, embeddings, origin).save(out)
     shutil.rmtree(work_folder, ignore_errors=True)
-    console.print(f"{out}: {embeddings.shape[0]:,} × {embeddings.shape[1]}, {time.monotonic() - begun:.0f} s")
+    console.print(
+        f"{out}: {embeddings.shape[0]:,} × {embeddings.shape[1]}, {time.monotonic() - begun:.0f} s", markup=False
+    )
 
 
 def make_parser() -> "TrlParser":

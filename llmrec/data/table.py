@@ -44,11 +44,11 @@ def read_table(path: str | Path) -> pl.DataFrame:
     try:
         kind, separator = ("parquet", "") if magic == b"PAR1" else _text_format(path)
         if kind == "parquet":
-            frame = pl.read_parquet(path)
+            frame = pl.read_parquet(path, glob=False)  # a path is a name here, not a pattern
         elif kind == "jsonl":
-            frame = pl.read_ndjson(path, infer_schema_length=None)
+            frame = pl.read_ndjson(path.read_bytes(), infer_schema_length=None)
         else:
-            frame = pl.read_csv(path, separator=separator, infer_schema=False)
+            frame = pl.read_csv(path, separator=separator, infer_schema=False, glob=False)
             # What polars calls the second of two columns of one name.
             if twins := [n for n in frame.columns if n.partition("_duplicated_")[2].isdigit()]:
                 name = twins[0].partition("_duplicated_")[0]
@@ -148,6 +148,7 @@ def _text_format(path: Path) -> tuple[Format, str]:
         quote_char=None,
         infer_schema=False,
         truncate_ragged_lines=True,
+        glob=False,
     )
     line = str(first.item(0, 0) or "") if first.height else ""
     default: Format = "jsonl" if line.lstrip().startswith(("{", "[")) else "delimited"
