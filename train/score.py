@@ -109,7 +109,8 @@ def main(arguments: ScoreArguments, names: ColumnArguments) -> None:
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
     console.print(
-        f"{result['users']:,} users, {split.num_items:,} items, split {split.content_hash[:12]}: {arguments.out}"
+        f"{result['users']:,} users, {split.num_items:,} items, split {split.content_hash[:12]}: {arguments.out}",
+        markup=False,
     )
 
 
