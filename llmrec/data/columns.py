@@ -13,6 +13,10 @@ USER = "user_id"
 ITEM = "item_id"
 TIMESTAMP = "timestamp"
 POSITION = "position"
+RATING = "rating"
+ACTION = "action"
+DOMAIN = "domain"
+WEIGHT = "weight"
 TITLE = "title"
 
 # Compared without case, underscores, spaces and RecBole's ":token"; the first that a file has is taken.
