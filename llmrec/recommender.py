@@ -51,12 +51,14 @@ class Settings:
         max_history: the most recent items that the prompt shows; older ones only count as seen.
         num_beams: beams of a search, unless a request wants more items than that.
         split: content hash of the split it was trained on, "" if unknown.
+        protocol: how that split was made (`Split.protocol`), empty if unknown.
         training: what it was trained with (arguments, seed, versions), for the record.
     """
 
     max_history: int = 20
     num_beams: int = 50
     split: str = ""
+    protocol: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

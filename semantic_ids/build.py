@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from llmrec.data.arguments import ColumnArguments
+from llmrec.data.arguments import ColumnArguments, SplitArguments
 from llmrec.script import parser, run
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class BuildArguments:
     seed: int = field(default=0, metadata={"help": "seed of k-means and of the decomposition"})
 
 
-def main(arguments: BuildArguments, names: ColumnArguments) -> None:
+def main(arguments: BuildArguments, names: ColumnArguments, splits: SplitArguments) -> None:
     import faiss
     import numpy as np
     import polars as pl
@@ -59,7 +59,7 @@ def main(arguments: BuildArguments, names: ColumnArguments) -> None:
     from safetensors.numpy import save_file
 
     from llmrec import __version__
-    from llmrec.data import ITEM, Interactions, Items, leave_one_out
+    from llmrec.data import ITEM, Interactions, Items
     from llmrec.embedding import EmbeddingStore, Fusion, cooccurrence_embeddings
     from llmrec.embedding.store import EMBEDDINGS_FILE
     from llmrec.quantization import ResidualKMeans, resolve_collisions
@@ -80,7 +80,7 @@ def main(arguments: BuildArguments, names: ColumnArguments) -> None:
 
     fusion, split = None, None
     if interactions is not None and arguments.collaborative_weight > 0:
-        split = leave_one_out(interactions, items)
+        split = splits.make(interactions, items)
         console.print(f"Co-occurrence in the training histories of {len(split.train):,} users")
         collaborative = cooccurrence_embeddings(
             split.train, len(items), arguments.collaborative_dim, arguments.window, arguments.seed
@@ -104,6 +104,7 @@ def main(arguments: BuildArguments, names: ColumnArguments) -> None:
         "collisions": resolved.report.to_dict(),
         "quantizer": "residual_kmeans",
         "split": split.content_hash if split else None,
+        "protocol": dict(split.protocol) if split else None,
         "embeddings": {**store.origin, "sha256": sha256_of(Path(arguments.embeddings) / EMBEDDINGS_FILE)},
         "arguments": asdict(arguments),
         "versions": {"llmrec": __version__, "faiss": faiss.__version__, "numpy": np.__version__},
@@ -141,7 +142,7 @@ def print_summary(console: "Console", report: "CollisionReport") -> None:
 
 
 def make_parser() -> "TrlParser":
-    return parser((BuildArguments, ColumnArguments), __doc__)
+    return parser((BuildArguments, ColumnArguments, SplitArguments), __doc__)
 
 
 if __name__ == "__main__":

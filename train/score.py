@@ -56,7 +56,7 @@ def main(arguments: ScoreArguments, names: ColumnArguments) -> None:
     import llmrec
     from llmrec.data.interactions import Interactions
     from llmrec.data.items import Items
-    from llmrec.data.split import leave_one_out
+    from llmrec.data.protocols import leave_one_out
     from llmrec.evaluation.baselines import ItemCF, Popularity
     from llmrec.evaluation.comparison import compare
     from llmrec.recommender import Recommender

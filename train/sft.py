@@ -13,13 +13,14 @@ A checkpoint from the Hub with LoRA:
 Flags override the recipe. An interrupted run continues from its newest whole checkpoint; `--fresh` begins anew.
 """
 
+import json
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrec.backbones.causal_lm import BackboneArguments
-from llmrec.data.arguments import ColumnArguments
+from llmrec.data.arguments import ColumnArguments, SplitArguments
 from llmrec.exceptions import BackboneError, DataError
 from llmrec.script import parser, run
 
@@ -72,7 +73,7 @@ class DataArguments:
     max_history: int = field(default=20, metadata={"help": "Most recent items in a prompt."})
     num_beams: int = field(default=50, metadata={"help": "Beams of a search, saved with the artefact."})
     eval_users: int = field(
-        default=500, metadata={"help": "Validation users ranked at every evaluation, drawn with the seed; 0 for none."}
+        default=500, metadata={"help": "Validation cases ranked at every evaluation, drawn with the seed; 0 for none."}
     )
     fresh: bool = field(default=False, metadata={"help": "Ignore the checkpoints of an earlier run."})
 
@@ -80,10 +81,16 @@ class DataArguments:
 def make_parser() -> "TrlParser":
     from trl import SFTConfig
 
-    return parser((DataArguments, ColumnArguments, BackboneArguments, SFTConfig), __doc__)
+    return parser((DataArguments, ColumnArguments, SplitArguments, BackboneArguments, SFTConfig), __doc__)
 
 
-def main(data: DataArguments, names: ColumnArguments, backbone: BackboneArguments, training: "SFTConfig") -> None:
+def main(
+    data: DataArguments,
+    names: ColumnArguments,
+    splits: SplitArguments,
+    backbone: BackboneArguments,
+    training: "SFTConfig",
+) -> None:
     import datasets
     import numpy as np
     import torch
@@ -94,7 +101,6 @@ def main(data: DataArguments, names: ColumnArguments, backbone: BackboneArgument
     from llmrec.catalog import Catalog
     from llmrec.data.interactions import Interactions
     from llmrec.data.items import Items
-    from llmrec.data.split import leave_one_out
     from llmrec.examples import next_item_rows, training_rows
     from llmrec.prompt import Prompt
     from llmrec.recommender import Recommender, Settings
@@ -111,7 +117,8 @@ def main(data: DataArguments, names: ColumnArguments, backbone: BackboneArgument
         raise DataError(f"--num_train_epochs is {training.num_train_epochs}. Train for more than none.")
     catalog = Catalog.from_build(data.semantic_ids)
     items = Items.read(Path(data.semantic_ids) / "items.jsonl")
-    split = leave_one_out(Interactions.read(data.interactions, names.names()), items)
+    split = splits.make(Interactions.read(data.interactions, names.names()), items)
+    _check_codes(data.semantic_ids, split.content_hash)
     prompt = Prompt.read(data.prompt if data.prompt.endswith(".jinja") else stage_path(f"prompts/{data.prompt}.jinja"))
 
     tokenizer, catalog = _tokenizer(backbone, catalog, items.texts())
@@ -125,10 +132,10 @@ def main(data: DataArguments, names: ColumnArguments, backbone: BackboneArgument
     if not rows or not valid:
         raise DataError(
             f"{len(rows)} training rows and {len(valid)} validation rows are too few. "
-            "At least one user needs three interactions: one to train on, one to validate, one to test."
+            "Leave-one-out needs a user of three interactions: one to train on, one to validate, one to test."
         )
     longest = max(len(row["input_ids"]) for row in [*rows, *valid])
-    settings = Settings(max_history=data.max_history, num_beams=data.num_beams, split=split.content_hash)
+    settings = Settings(data.max_history, data.num_beams, split.content_hash, dict(split.protocol))
     model = _model(backbone, tokenizer, catalog, longest, training.seed)
     logger.info(
         "%s: %.2f M parameters, %d training rows, %d validation rows, longest row %d tokens",
@@ -146,7 +153,7 @@ def main(data: DataArguments, names: ColumnArguments, backbone: BackboneArgument
     training.dataset_kwargs = {"skip_prepare_dataset": True}
     callbacks = []
     if data.eval_users:
-        chosen = np.sort(np.random.default_rng(training.seed).permutation(len(split.user_ids))[: data.eval_users])
+        chosen = np.sort(np.random.default_rng(training.seed).permutation(len(valid))[: data.eval_users])
         histories, targets = split.histories("valid"), split.targets("valid")
 
         def recommend(model: Any) -> Any:
@@ -189,6 +196,16 @@ def main(data: DataArguments, names: ColumnArguments, backbone: BackboneArgument
     }
     Recommender(model.eval(), tokenizer, catalog, prompt, settings).save_pretrained(data.artefact)
     logger.info("artefact saved to %s", data.artefact)
+
+
+def _check_codes(folder: str, split: str) -> None:
+    """Refuses codes that were built on another split: their co-occurrence may hold this one's held-out items."""
+    built = json.loads((Path(folder) / "semantic_ids.json").read_text(encoding="utf-8")).get("split")
+    if built is not None and built != split:
+        raise DataError(
+            f"The semantic IDs in {folder} were built on the split {built[:12]}, and this is {split[:12]}: they may "
+            "know its held-out items. Build them again from the same interactions and items, with the same split flags."
+        )
 
 
 def _tokenizer(backbone: BackboneArguments, catalog: Any, texts: list[str]) -> tuple[Any, Any]:

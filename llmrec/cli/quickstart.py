@@ -19,11 +19,12 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from llmrec.data.arguments import SplitArguments, SplitName
 from llmrec.data.columns import ColumnNames
 from llmrec.data.interactions import Interactions
 from llmrec.data.items import Items
 from llmrec.data.sample import make_sample
-from llmrec.data.split import Split, leave_one_out
+from llmrec.data.split import Split
 from llmrec.engine.launch import check_port, running_server
 from llmrec.exceptions import DataError, StageError
 from llmrec.guard import run as run_guarded
@@ -101,6 +102,7 @@ def quickstart(
     timestamp_column: str | None,
     position_column: str | None,
     title_column: str | None,
+    split_name: SplitName,
     seed: int,
     epochs: float | None,
     embedding_model: str | None,
@@ -132,12 +134,13 @@ def quickstart(
     columns = replace(ColumnNames(), **given)
     run.announce("Data")
     log, table = _data(run, interactions, items, columns, seed)
-    split = leave_one_out(log, table)
+    split = SplitArguments(split_name).make(log, table)
     for name, value in split.summary().items():
         run.console.print(
             f"  {name.replace('_', ' ')}: {value:,}" if isinstance(value, int) else f"  {name}: {value:.4f}"
         )
     data = {"--interactions": str(out / "data/interactions.parquet")}
+    splitting = {"--split": split_name}
     table_file = {"--items": str(out / "data/items.parquet")}
 
     run.announce("Item texts to embeddings")
@@ -146,7 +149,7 @@ def quickstart(
 
     run.announce("Embeddings to semantic IDs")
     folders = {"--embeddings": str(out / "embeddings"), "--out": str(out / "semantic_ids"), "--seed": str(seed)}
-    run.stage("semantic_ids/build.py", _flags(table_file | data | folders))
+    run.stage("semantic_ids/build.py", _flags(table_file | data | splitting | folders))
 
     run.announce("Fine-tuning a language model to continue histories")
     recipe = "quickstart" if interactions is None else "llama_scratch"
@@ -159,11 +162,11 @@ def quickstart(
         "--seed": str(seed),
     }
     single = ["--config_file", str(stage_path("train/accelerate/single.yaml"))]
-    run.stage("train/sft.py", _flags(training | data), single)
+    run.stage("train/sft.py", _flags(training | data | splitting), single)
 
     server_log = out / "server.log"
     with running_server(out / "artefact", port, server_log, max_num_seqs=32) as server:
-        run.announce("Evaluation on every user's last item, while vLLM starts")
+        run.announce("Evaluation on held-out items, while vLLM starts")
         run.say(f"  server log: {server_log}")
         scoring = {"--artefact": str(out / "artefact"), "--out": str(out / "evaluation.json"), "--seed": str(seed)}
         run.stage("train/score.py", _flags(scoring | data))
@@ -216,7 +219,7 @@ def _epochs(interactions: int) -> float:
 
 def _fetch(url: str, split: Split, items: Items) -> list[dict[str, Any]]:
     """Answers of the running server for three users with histories worth reading, the held-out item beside them."""
-    histories, targets = split.histories("test"), split.targets("test")
+    histories, targets, users = split.histories("test"), split.targets("test"), split.users("test")
     readable = [user for user, history in enumerate(histories) if 4 <= len(history) <= 8]
     chosen = (readable or list(range(len(histories))))[:: max(1, len(readable) // _SHOWN_USERS)][:_SHOWN_USERS]
     answers = []
@@ -227,7 +230,7 @@ def _fetch(url: str, split: Split, items: Items) -> list[dict[str, Any]]:
         response.raise_for_status()
         answers.append(
             {
-                "user": split.user_ids[user],
+                "user": users[user],
                 "history": history,
                 "next": items.ids[targets[user]],
                 "items": response.json()["items"],

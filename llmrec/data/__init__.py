@@ -3,8 +3,9 @@
 from llmrec.data.columns import ITEM, POSITION, TIMESTAMP, TITLE, USER, ColumnNames
 from llmrec.data.interactions import Interactions
 from llmrec.data.items import Items
+from llmrec.data.protocols import by_sample, cold_users, global_temporal, leave_one_out
 from llmrec.data.sample import make_sample
-from llmrec.data.split import Split, leave_one_out
+from llmrec.data.split import Split
 
 __all__ = [
     "ITEM",
@@ -16,6 +17,9 @@ __all__ = [
     "Interactions",
     "Items",
     "Split",
+    "by_sample",
+    "cold_users",
+    "global_temporal",
     "leave_one_out",
     "make_sample",
 ]

@@ -1,8 +1,19 @@
-"""ColumnArguments: a script's flags for the files' own column names."""
+"""The flags that scripts and commands share: the files' own column names, and how interactions are split."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from llmrec.data.columns import ITEM, POSITION, TIMESTAMP, TITLE, USER, ColumnNames
+from llmrec.exceptions import DataError
+
+if TYPE_CHECKING:
+    from llmrec.data.interactions import Interactions
+    from llmrec.data.items import Items
+    from llmrec.data.split import Split
+
+SplitName = Literal["leave-one-out", "global-temporal", "by-sample", "cold-users"]
 
 
 @dataclass
@@ -28,3 +39,89 @@ class ColumnArguments:
             title=self.title_column,
             text=None if self.text_columns is None else tuple(self.text_columns),
         )
+
+
+@dataclass
+class SplitArguments:
+    """How interactions are split. Every stage of one recommender takes the same values."""
+
+    split: SplitName = field(
+        default="leave-one-out",
+        metadata={
+            "help": "leave-one-out: every user's last item. global-temporal: what comes after a moment, for everyone. "
+            "by-sample: samples sorted by time, 8:1:1. cold-users: users held out whole."
+        },
+    )
+    valid_share: float = field(
+        default=0.1, metadata={"help": "Share for validation: of interactions, samples or users. Not leave-one-out."}
+    )
+    test_share: float = field(default=0.1, metadata={"help": "Share for the test, likewise."})
+    valid_time: str | None = field(
+        default=None,
+        metadata={"help": "global-temporal: when training ends, unix seconds or ISO 8601 (UTC); default: by share."},
+    )
+    test_time: str | None = field(default=None, metadata={"help": "global-temporal: when the test begins, likewise."})
+    targets: Literal["all", "first"] = field(
+        default="all", metadata={"help": "global-temporal: ask for every later item of a user, or for the first."}
+    )
+    min_history: int = field(
+        default=3, metadata={"help": "leave-one-out: users with fewer interactions are training alone."}
+    )
+    split_seed: int = field(default=0, metadata={"help": "cold-users: the seed by which users are drawn."})
+    ties: Literal["stable", "shuffle"] = field(
+        default="stable",
+        metadata={"help": "Equal times keep position or file order, or are shuffled, to measure what order matters."},
+    )
+    tie_seed: int = field(default=0, metadata={"help": "The seed of shuffled ties."})
+
+    def make(self, interactions: "Interactions", items: "Items") -> "Split":
+        """The split of these interactions; raises DataError if they cannot be split so."""
+        from llmrec.data import protocols
+
+        if self.ties == "shuffle":
+            interactions = interactions.shuffled_ties(self.tie_seed)
+        if self.split == "leave-one-out":
+            split = protocols.leave_one_out(interactions, items, self.min_history)
+        elif self.split == "global-temporal":
+            valid_time, test_time = _seconds(self.valid_time), _seconds(self.test_time)
+            split = protocols.global_temporal(
+                interactions, items, self.valid_share, self.test_share, valid_time, test_time, self.targets
+            )
+        elif self.split == "by-sample":
+            split = protocols.by_sample(interactions, items, self.valid_share, self.test_share)
+        elif self.split == "cold-users":
+            split = protocols.cold_users(interactions, items, self.valid_share, self.test_share, self.split_seed)
+        else:
+            raise DataError(
+                f"There is no split {self.split!r}. Name leave-one-out, global-temporal, by-sample or cold-users."
+            )
+        ties = {"ties": self.ties} | ({"tie_seed": self.tie_seed} if self.ties == "shuffle" else {})
+        return replace(split, protocol={**split.protocol, **ties})
+
+    @classmethod
+    def from_protocol(cls, protocol: Mapping[str, Any]) -> Self:
+        """The values that make this protocol again (`Split.protocol`), as an artefact records it."""
+        values = dict(protocol)
+        if "seed" in values:
+            values["split_seed"] = values.pop("seed")
+        for name in ("valid_time", "test_time"):
+            if name in values:
+                values[name] = repr(values[name])
+        return cls(**values)
+
+
+def _seconds(moment: str | None) -> float | None:
+    """Unix seconds, from a number or an ISO 8601 date; without a zone it is UTC."""
+    if moment is None:
+        return None
+    try:
+        return float(moment)
+    except ValueError:
+        pass
+    try:
+        parsed = datetime.fromisoformat(moment)
+    except ValueError as error:
+        raise DataError(
+            f"{moment!r} is neither unix seconds nor an ISO 8601 time. Write 1400000000 or 2014-05-13."
+        ) from error
+    return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()

@@ -1,157 +1,176 @@
 """Splits: which interactions a model may learn from, and which it is asked about."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from llmrec.data.columns import ITEM, TIMESTAMP, USER
-from llmrec.data.interactions import Interactions
-from llmrec.data.items import Items
-from llmrec.exceptions import DataError
-
 Part = Literal["valid", "test"]
 Rows = npt.NDArray[np.int32]
+Places = npt.NDArray[np.int64]
+
+_FIRST_REAL_TIME = 315_532_800  # 1980-01-01 in unix seconds: a clock that shows less counts something else
 
 
 @dataclass(frozen=True)
 class Split:
-    """Training sequences of all users, and one validation and one test item of each evaluated user.
+    """Training sequences of all users, and the *cases* of validation and test: after this history, which item?
+
+    Whatever the protocol, training holds a prefix of what each user did, because models continue histories. A case is
+    one interaction to be predicted from all that its user did before it. M interactions, U users, N items, C cases of
+    a part.
 
     Attributes:
-        user_ids: the U evaluated users, in order of first appearance.
-        train: one array of item rows, oldest first, per user, evaluated or not, in order of first appearance.
-        evaluated: (U,) the places in `train` of the evaluated users.
-        valid: (U,) item rows.
-        test: (U,) item rows.
-        num_items: N, the length of the item table.
-        content_hash: sha256 of the split's content: item ids in order, then every user's id and train, validation and
-            test item ids. Each string and each list is preceded by its length, so that no two splits spell alike.
-            Formats and column names leave it unchanged.
-        test_gaps: (U,) seconds between the test item and the item before it, NaN where a timestamp is missing; None
-            without timestamps. 0 is a tie, of which the order is arbitrary.
+        all_users: the U users, in order of first appearance.
+        item_ids: the N item ids, in the order of their rows.
+        rows: (M,) the item row of every interaction, users one after another, oldest first.
+        offsets: (U + 1,) a user's interactions are `rows[offsets[u]:offsets[u + 1]]`.
+        train_ends: (U,) of which `rows[offsets[u]:train_ends[u]]` are training.
+        positions: the places (C,) in `rows` of a part's targets.
+        protocol: the name of the split and its values, JSON-ready.
+        timestamps: (M,) unix seconds, NaN where unknown; None without timestamps.
+        actions: (M,) what the user did (behaviour), or None.
+        domains: (M,) the domain of the interaction, or None.
+        apart: whether cases of users or items that training does not hold are kept apart from the headline figure.
+        content_hash: sha256 of item ids in order, user ids, sequences and parts. The lengths of all strings come
+            first, so that no two splits spell alike. Formats, column names and times leave it unchanged.
     """
 
-    user_ids: list[str]
-    train: list[Rows] = field(repr=False)
-    evaluated: npt.NDArray[np.int64] = field(repr=False)
-    valid: Rows = field(repr=False)
-    test: Rows = field(repr=False)
-    num_items: int
-    content_hash: str
-    test_gaps: npt.NDArray[np.float64] | None = field(default=None, repr=False)
+    all_users: list[str] = field(repr=False)
+    item_ids: list[str] = field(repr=False)
+    rows: Rows = field(repr=False)
+    offsets: Places = field(repr=False)
+    train_ends: Places = field(repr=False)
+    positions: Mapping[Part, Places] = field(repr=False)
+    protocol: Mapping[str, Any]
+    timestamps: npt.NDArray[np.float64] | None = field(default=None, repr=False)
+    actions: pl.Series | None = field(default=None, repr=False)
+    domains: pl.Series | None = field(default=None, repr=False)
+    apart: bool = False
+
+    @property
+    def num_items(self) -> int:
+        """N, the length of the item table."""
+        return len(self.item_ids)
+
+    @cached_property
+    def content_hash(self) -> str:
+        digest = hashlib.sha256(b"llmrec split 2")
+        for strings in (self.item_ids, self.all_users):
+            encoded = [text.encode("utf-8") for text in strings]
+            digest.update(np.array([len(encoded), *map(len, encoded)], dtype="<i8").tobytes())
+            digest.update(b"".join(encoded))
+        for places in (self.offsets, self.rows, self.train_ends, self.positions["valid"], self.positions["test"]):
+            digest.update(len(places).to_bytes(8, "little"))
+            digest.update(np.ascontiguousarray(places, dtype="<i8").tobytes())
+        return digest.hexdigest()
+
+    @property
+    def train(self) -> list[Rows]:
+        """The training sequence of every user, oldest first; empty where a user has none."""
+        ends = zip(self.offsets[:-1].tolist(), self.train_ends.tolist(), strict=True)
+        return [self.rows[start:end] for start, end in ends]
+
+    @cached_property
+    def train_counts(self) -> Places:
+        """(N,) how often training holds every item."""
+        return np.bincount(self.rows[self.in_training], minlength=self.num_items).astype(np.int64)
+
+    @cached_property
+    def owner(self) -> Places:
+        """(M,) the place in `all_users` of every interaction's user."""
+        return np.repeat(np.arange(len(self.all_users)), np.diff(self.offsets))
+
+    @cached_property
+    def in_training(self) -> npt.NDArray[np.bool_]:
+        """(M,) which interactions are training."""
+        inside: npt.NDArray[np.bool_] = np.arange(len(self.rows)) < self.train_ends[self.owner]
+        return inside
+
+    def case_users(self, part: Part) -> Places:
+        """(C,) the place in `all_users` of every case's user."""
+        return self.owner[self.positions[part]]
+
+    def users(self, part: Part) -> list[str]:
+        """The user id of every case."""
+        return [self.all_users[user] for user in self.case_users(part).tolist()]
 
     def histories(self, part: Part) -> list[Rows]:
-        """What a model sees of each evaluated user: the training part and, for the test, the validation item too."""
-        train = [self.train[place] for place in self.evaluated]
-        if part == "valid":
-            return train
-        return [np.append(history, item) for history, item in zip(train, self.valid, strict=True)]
+        """What a model sees in every case: all that the user did before the target, oldest first."""
+        starts = self.offsets[self.case_users(part)]
+        pairs = zip(starts.tolist(), self.positions[part].tolist(), strict=True)
+        return [self.rows[start:end] for start, end in pairs]
 
     def targets(self, part: Part) -> Rows:
-        """(U,) the item row that each evaluated user took next."""
-        return self.valid if part == "valid" else self.test
+        """(C,) the item row that was taken next."""
+        return self.rows[self.positions[part]]
+
+    def gaps(self, part: Part) -> npt.NDArray[np.float64] | None:
+        """(C,) seconds between a target and the user's interaction before it; NaN if a time is unknown or it is first.
+
+        0 is a tie, of which the order is arbitrary. None without timestamps.
+        """
+        if self.timestamps is None:
+            return None
+        positions = self.positions[part]
+        first = positions == self.offsets[self.case_users(part)]
+        return np.where(first, np.nan, self.timestamps[positions] - self.timestamps[np.maximum(positions - 1, 0)])
+
+    def later_days(self, part: Part) -> npt.NDArray[np.bool_] | None:
+        """(C,) whether a target lies on a later day (UTC) than the interaction before it; False where unknown.
+
+        None without timestamps, or if they are no unix times but an order.
+        """
+        if self.timestamps is None or not np.nanmedian(self.timestamps) >= _FIRST_REAL_TIME:
+            return None
+        days = np.floor_divide(self.timestamps, 86_400.0)
+        positions = self.positions[part]
+        first = positions == self.offsets[self.case_users(part)]
+        later: npt.NDArray[np.bool_] = ~first & (days[positions] > days[np.maximum(positions - 1, 0)])
+        return later
+
+    def unseen_items(self, part: Part) -> npt.NDArray[np.bool_]:
+        """(C,) whether the target does not occur in training."""
+        unseen: npt.NDArray[np.bool_] = self.train_counts[self.targets(part)] == 0
+        return unseen
+
+    def unseen_users(self, part: Part) -> npt.NDArray[np.bool_]:
+        """(C,) whether the user has nothing in training."""
+        unseen: npt.NDArray[np.bool_] = (self.train_ends == self.offsets[:-1])[self.case_users(part)]
+        return unseen
+
+    def headline(self, part: Part) -> npt.NDArray[np.bool_]:
+        """(C,) which cases the headline figure counts; the rest is kept apart, in slices of its own."""
+        if not self.apart:
+            return np.ones(len(self.positions[part]), dtype=bool)
+        return ~(self.unseen_items(part) | self.unseen_users(part))
 
     def summary(self) -> dict[str, int | float]:
         """Counts, and the shares of test items that are in the user's history, or tied in time with the item before.
 
         A tie, and with it its share, exists only where the interactions have timestamps. An unknown one is none.
         """
-        repeated = [
-            target in history for history, target in zip(self.histories("test"), self.targets("test"), strict=True)
-        ]
+        histories, targets = self.histories("test"), self.targets("test")
+        repeated = [target in history for history, target in zip(histories, targets, strict=True)]
         counts: dict[str, int | float] = {
-            "users": len(self.train),
-            "evaluated_users": len(self.user_ids),
+            "users": len(self.all_users),
+            "evaluated_users": len(np.unique(self.case_users("test"))),
             "items": self.num_items,
-            "interactions": sum(map(len, self.train)) + 2 * len(self.user_ids),
+            "interactions": len(self.rows),
+            "training_interactions": int(self.in_training.sum()),
+            "validation_cases": len(self.positions["valid"]),
+            "test_cases": len(targets),
+            "test_items_unseen_in_training": len(np.unique(targets[self.unseen_items("test")])),
+            "test_cases_of_unseen_items": int(self.unseen_items("test").sum()),
+            "test_users_unseen_in_training": len(np.unique(self.case_users("test")[self.unseen_users("test")])),
             "repeated_test_share": float(np.mean(repeated)),
         }
-        if self.test_gaps is not None:
-            counts["tied_test_share"] = float(np.mean(self.test_gaps == 0))
+        gaps = self.gaps("test")
+        if gaps is not None:
+            counts["tied_test_share"] = float(np.mean(gaps == 0))
         return counts
-
-
-def leave_one_out(interactions: Interactions, items: Items, min_history: int = 3) -> Split:
-    """Each user's last item is the test, the one before it validation, and the rest training.
-
-    Users with fewer than `min_history` interactions are not evaluated, and all they have is training.
-
-    Raises:
-        DataError: if `min_history` is below 3 (nothing would be left to learn from), an interaction's item is not in
-            `items`, or no user is long enough.
-    """
-    if min_history < 3:
-        raise DataError(f"min_history is {min_history}, but test and validation alone take two items. Give 3 or more.")
-    frame = interactions.frame
-    rows = _rows_of(frame[ITEM], items)
-    # The frame is sorted by user, so a user is a run of rows.
-    users = frame.group_by(USER, maintain_order=True).len()
-    user_ids: list[str] = users[USER].to_list()
-    lengths = users["len"].to_numpy().astype(np.int64)
-    ends = np.cumsum(lengths)
-    evaluated = np.flatnonzero(lengths >= min_history)
-    if not len(evaluated):
-        raise DataError(
-            f"None of the {len(lengths)} users has {min_history} interactions (the most are {lengths.max()}), so no "
-            "one can be evaluated. Check that the user column is the right one, or give longer histories."
-        )
-    train_ends = ends.copy()
-    train_ends[evaluated] -= 2
-    train = [rows[start:end] for start, end in zip(ends - lengths, train_ends, strict=True)]
-    held_out = [rows[start:end] for start, end in zip(train_ends, ends, strict=True)]
-    last = ends[evaluated] - 1
-    gaps = None
-    if TIMESTAMP in frame.columns:
-        # The difference is taken before the conversion, which would round nanoseconds.
-        differences = frame.select(pl.col(TIMESTAMP).diff()).to_series().cast(pl.Float64)
-        gaps = differences.fill_null(float("nan")).to_numpy()[last]
-    return Split(
-        user_ids=[user_ids[place] for place in evaluated],
-        train=train,
-        evaluated=evaluated,
-        valid=rows[last - 1],
-        test=rows[last],
-        num_items=len(items),
-        content_hash=_content_hash(items.ids, user_ids, train, held_out),
-        test_gaps=gaps,
-    )
-
-
-def _rows_of(item_ids: pl.Series, items: Items) -> Rows:
-    known = pl.DataFrame({ITEM: items.ids, "row": np.arange(len(items), dtype=np.int32)})
-    rows = item_ids.to_frame().join(known, on=ITEM, how="left", maintain_order="left")["row"]
-    if rows.null_count():
-        unknown = item_ids.filter(rows.is_null()).unique(maintain_order=True)
-        raise DataError(
-            f"{len(unknown)} item(s) of the interactions are not in the item table, such as {unknown[0]!r}. "
-            "Add them to the table, or call items.with_missing(interactions)."
-        )
-    return rows.to_numpy().astype(np.int32)
-
-
-def _content_hash(
-    item_ids: Sequence[str], user_ids: Sequence[str], train: Sequence[Rows], held_out: Sequence[Rows]
-) -> str:
-    """See `Split.content_hash`; `held_out` has validation and test item of the evaluated users, nothing of others."""
-    spelt = [_prefixed(item) for item in item_ids]
-    digest = hashlib.sha256()
-
-    def add(strings: Sequence[bytes]) -> None:
-        digest.update(len(strings).to_bytes(8, "little") + b"".join(strings))
-
-    add(spelt)
-    for user, history, targets in zip(user_ids, train, held_out, strict=True):
-        digest.update(_prefixed(user))
-        add([spelt[row] for row in history.tolist()])
-        add([spelt[row] for row in targets.tolist()])
-    return digest.hexdigest()
-
-
-def _prefixed(text: str) -> bytes:
-    encoded = text.encode("utf-8")
-    return len(encoded).to_bytes(8, "little") + encoded

@@ -6,8 +6,8 @@ import pytest
 
 from llmrec.data.interactions import Interactions
 from llmrec.data.items import Items
+from llmrec.data.protocols import leave_one_out
 from llmrec.data.sample import make_sample
-from llmrec.data.split import leave_one_out
 from llmrec.evaluation.baselines import ItemCF, Popularity
 from llmrec.evaluation.metrics import hit_rate, ranks_of
 from llmrec.exceptions import DataError

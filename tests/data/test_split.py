@@ -6,7 +6,7 @@ import pytest
 
 from llmrec.data.interactions import Interactions
 from llmrec.data.items import Items
-from llmrec.data.split import leave_one_out
+from llmrec.data.protocols import leave_one_out
 from llmrec.exceptions import DataError
 
 
@@ -35,7 +35,8 @@ def test_parts_equal_their_definition(seed, min_history):
     items = table_of(catalog)
     split = leave_one_out(log_of(histories), items, min_history)
     long = [user for user in histories if len(histories[user]) >= min_history]
-    assert split.user_ids == long
+    assert split.users("test") == split.users("valid") == long
+    assert split.all_users == list(histories)
     expected = [history[:-2] if user in long else history for user, history in histories.items()]
     assert [as_ids(rows, items) for rows in split.train] == expected
     assert [as_ids(rows, items) for rows in split.histories("valid")] == [histories[user][:-2] for user in long]
@@ -55,11 +56,11 @@ def test_parts_equal_their_definition(seed, min_history):
 def test_ties_of_the_test_item():
     histories = {"a": ["1", "2", "3"], "b": ["1", "2", "3"], "c": ["1", "2", "3"], "d": ["1"]}
     split = leave_one_out(log_of(histories, [1, 2, 2, 1, 1, 9, 1, None, 3, 0]), table_of("123"))
-    assert split.test_gaps is not None
-    assert split.test_gaps.tolist() == pytest.approx([0, 8, float("nan")], nan_ok=True)
+    assert split.gaps("test").tolist() == pytest.approx([0, 8, float("nan")], nan_ok=True)
     assert split.summary()["tied_test_share"] == pytest.approx(1 / 3)
     untimed = leave_one_out(log_of(histories), table_of("123"))
-    assert untimed.test_gaps is None
+    assert untimed.gaps("test") is None
+    assert untimed.later_days("test") is None
     assert "tied_test_share" not in untimed.summary()
 
 
@@ -117,13 +118,18 @@ def test_published_ties_of_beauty(shared_data):
     interactions = Interactions.read(folder / "interactions.csv.gz")
     split = leave_one_out(interactions, Items.read(folder / "items.jsonl.gz"))
     assert interactions.rows_without_timestamp == 287
-    assert split.test_gaps is not None
-    assert int((split.test_gaps > 0).sum()) == 12_612
+    assert int(split.later_days("test").sum()) == int((split.gaps("test") > 0).sum()) == 12_612
     assert split.summary() == {
         "users": 22_363,
         "evaluated_users": 22_363,
         "items": 12_101,
         "interactions": 198_502,
+        "training_interactions": 198_502 - 2 * 22_363,
+        "validation_cases": 22_363,
+        "test_cases": 22_363,
+        "test_items_unseen_in_training": len(set(split.targets("test")) - set(np.concatenate(split.train))),
+        "test_cases_of_unseen_items": int((~np.isin(split.targets("test"), np.concatenate(split.train))).sum()),
+        "test_users_unseen_in_training": 0,
         "repeated_test_share": 0.0,
         "tied_test_share": pytest.approx(0.435, abs=0.002),
     }

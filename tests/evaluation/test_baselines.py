@@ -8,7 +8,7 @@ from scipy import sparse
 
 from llmrec.data.interactions import Interactions
 from llmrec.data.items import Items
-from llmrec.data.split import leave_one_out
+from llmrec.data.protocols import leave_one_out
 from llmrec.evaluation.baselines import ItemCF, Popularity
 from llmrec.evaluation.metrics import duplicate_rate, invalid_rate, ranking_metrics, ranks_of
 from llmrec.exceptions import DataError

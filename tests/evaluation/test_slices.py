@@ -1,0 +1,94 @@
+from collections import Counter
+
+import numpy as np
+import polars as pl
+import pytest
+
+from llmrec.data.arguments import SplitArguments
+from llmrec.data.interactions import Interactions
+from llmrec.data.items import Items
+from llmrec.evaluation.slices import popularity_groups, slices_of
+
+DAY = 86_400
+BASE = 16_000 * DAY
+
+
+def random_split(seed, name="leave-one-out", **columns):
+    rng = np.random.default_rng(seed)
+    rows = 600
+    frame = pl.DataFrame(
+        {
+            "user_id": rng.integers(0, 60, rows).astype(str),
+            "item_id": np.minimum(rng.zipf(1.5, rows), 40).astype(str),
+            "timestamp": BASE + rng.integers(0, 20 * DAY, rows) // (DAY // 3) * (DAY // 3),
+            "domain": rng.choice(["books", "toys"], rows),
+            "action": rng.choice(["view", "buy", None], rows),
+        }
+    ).select("user_id", "item_id", "timestamp", *columns)
+    items = Items.from_frame(pl.DataFrame({"item_id": [str(n) for n in range(1, 46)]}))
+    return SplitArguments(name).make(Interactions.from_frame(frame), items)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_popularity_groups_equal_their_definition(seed):
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(0, 9, size=rng.integers(1, 30))
+    expected = [3] * len(counts)
+    before = 0
+    for item in sorted(range(len(counts)), key=lambda item: (-counts[item], item)):
+        if counts[item]:
+            expected[item] = sum(3 * before >= third * counts.sum() for third in (1, 2))
+        before += counts[item]
+    assert popularity_groups(counts).tolist() == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", ["leave-one-out", "global-temporal"])
+def test_slices_equal_their_definition(seed, name):
+    split = random_split(seed, name)
+    counts = Counter(row for rows in split.train for row in rows.tolist())
+    learnt = {user for user, rows in zip(split.all_users, split.train, strict=True) if len(rows)}
+    groups = popularity_groups(np.array([counts[row] for row in range(split.num_items)]))
+    found = slices_of(split, "test")
+    expected = {}
+
+    def add(slice_name, case):
+        expected.setdefault(slice_name, []).append(case)
+
+    zipped = zip(split.users("test"), split.histories("test"), split.targets("test").tolist(), strict=True)
+    for case, (user, history, target) in enumerate(zipped):
+        if not counts[target]:
+            add("cold", case)
+        if user not in learnt:
+            add("cold_user", case)
+        if name == "global-temporal" and (not counts[target] or user not in learnt):
+            continue
+        if counts[target]:
+            add(["head", "torso", "tail"][groups[target]], case)
+        place = split.positions["test"][case]
+        if len(history):
+            later = split.timestamps[place] // DAY > split.timestamps[place - 1] // DAY
+            add("later_day" if later else "not_later_day", case)
+        lows = [low for low in (0, 1, 5, 10, 20, 50) if len(history) >= low]
+        add(
+            {0: "history_0", 1: "history_1_4", 5: "history_5_9", 10: "history_10_19"}.get(lows[-1], "history_20_49"),
+            case,
+        )
+    assert {slice_name: np.flatnonzero(mask).tolist() for slice_name, mask in found.items()} == expected
+
+
+def test_domains_and_actions_have_slices_of_their_own():
+    split = random_split(1, domain=True, action=True)
+    found = slices_of(split, "test")
+    places = split.positions["test"]
+    assert {n for n in found if "=" in n} == {"domain=books", "domain=toys", "action=view", "action=buy"}
+    domains, actions = split.domains.to_list(), split.actions.to_list()
+    for name in ("books", "toys"):
+        assert found[f"domain={name}"].tolist() == [domains[place] == name for place in places]
+    assert found["action=buy"].tolist() == [actions[place] == "buy" for place in places]
+
+
+def test_without_times_there_is_no_later_day():
+    interactions = Interactions.from_frame(pl.DataFrame({"user_id": ["a"] * 4, "item_id": list("wxyz")}))
+    split = SplitArguments().make(interactions, Items.from_interactions(interactions))
+    assert set(slices_of(split, "test")) == {"cold", "history_1_4"}
