@@ -1,24 +1,69 @@
 """Ranking metrics with one target per user, counted on items, never on the strings that spell them.
 
 A *rank* is the target's place in the recommended list, from 0, and -1 where the list lacks it. A list shorter than k
-counts as it is: what it does not hold is missed.
+counts as it is: what it does not hold is missed. Where a ranking leaves a target's place open, `values` takes the mean
+over the places that it can have.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from llmrec.evaluation.ranks import Lists, Ranks, flattened
 from llmrec.exceptions import DataError
 
-Ranks = npt.NDArray[np.int64]
-Lists = Sequence[Sequence[int] | npt.NDArray[np.integer[Any]]] | npt.NDArray[np.integer[Any]]
+Metric = Literal["HR", "NDCG", "MRR"]
+TieRule = Literal["expected", "optimistic", "pessimistic"]
 
 _Z = 1.959963984540054  # the 97.5 % quantile of the standard normal distribution
 
 
-def ranks_of(recommended: Lists, targets: npt.ArrayLike) -> Ranks:
+def values(ranks: Ranks, metric: Metric, k: int, ties: TieRule = "expected") -> npt.NDArray[np.float64]:
+    """The value (C,) of every case; their mean is the metric.
+
+    With one target per case, HR@k is Recall@k; NDCG@k is 1 / log2(place + 2), the ideal gain being 1; and MRR@k is
+    1 / (place + 1), which is MAP@k. Each is 0 for a place of k or more, and for an absent target under any rule.
+
+    Args:
+        ranks: places from `better` to `better + ties`.
+        metric: its name.
+        k: the cut-off.
+        ties: "expected": the mean over a uniformly random order of the tied candidates, that is over the ties + 1
+            places, which are equally likely (McSherry and Najork 2008, "Computing information retrieval performance
+            measures efficiently in the presence of tied scores"). "optimistic" and "pessimistic": the value at the
+            first and the last of them, between which every order lies.
+
+    Raises:
+        DataError: if `k` is below 1, or a name is not known.
+
+    >>> values(Ranks([0, 9, 9, -1], [0, 0, 4, 0]), "HR", 10).tolist()
+    [1.0, 1.0, 0.2, 0.0]
+    """
+    if metric not in get_args(Metric) or ties not in get_args(TieRule):
+        raise DataError(
+            f"{metric!r} with ties {ties!r} is not known. Choose one of {', '.join(get_args(Metric))} and one of "
+            f"{', '.join(get_args(TieRule))}."
+        )
+    _check_cut_off(k)
+    held = ~ranks.absent
+    first = np.where(held, ranks.better, 0)
+    last = first + np.where(held, ranks.ties, 0)
+    if ties != "expected":
+        last = first = first if ties == "optimistic" else last
+    place = np.arange(min(k, int(last.max(initial=0)) + 1))
+    gain = {"HR": np.ones(len(place)), "NDCG": 1 / np.log2(place + 2.0), "MRR": 1 / (place + 1.0)}[metric]
+    total = np.concatenate([[0.0], np.cumsum(gain)])  # of the places before each
+    end = len(gain)
+    mean = (total[np.minimum(last + 1, end)] - total[np.minimum(first, end)]) / (last - first + 1)
+    # Where nothing is open, the gain itself: a difference of sums would be off by a rounding.
+    single = np.concatenate([gain, [0.0]])[np.minimum(first, end)]
+    found: npt.NDArray[np.float64] = np.where(held, np.where(first == last, single, mean), 0.0)
+    return found
+
+
+def ranks_of(recommended: Lists, targets: npt.ArrayLike) -> npt.NDArray[np.int64]:
     """The place (B,) of each target in its list, from 0; -1 where it is absent, the first place where it is repeated.
 
     Args:
@@ -31,16 +76,7 @@ def ranks_of(recommended: Lists, targets: npt.ArrayLike) -> Ranks:
     >>> ranks_of([[4, 7], [], [3, 1, 2]], [7, 0, 3]).tolist()
     [1, -1, 0]
     """
-    wanted = np.asarray(targets, dtype=np.int64).reshape(-1)
-    if len(recommended) != len(wanted):
-        raise DataError(f"{len(recommended)} lists do not fit {len(wanted)} targets. Give one list per target.")
-    if len(wanted) and wanted.min() < 0:
-        raise DataError(f"A target is the item row {wanted.min()}. Rows count from 0: leave out users without one.")
-    ranks = np.full(len(wanted), -1, dtype=np.int64)
-    flat, owner, place = _flattened(recommended)
-    hit = np.flatnonzero(flat == wanted[owner])[::-1]  # backwards, so that a repeated target's first place is kept
-    ranks[owner[hit]] = place[hit]
-    return ranks
+    return Ranks.from_lists(recommended, targets).better
 
 
 def hit_rate(ranks: npt.ArrayLike, k: int) -> float:
@@ -99,7 +135,7 @@ def invalid_rate(lists: Lists, num_items: int) -> float:
     >>> invalid_rate([[0, 1], [5, -1]], num_items=5)
     0.5
     """
-    flat, _, _ = _flattened(lists)
+    flat, _, _ = flattened(lists)
     return float(((flat < 0) | (flat >= num_items)).mean()) if len(flat) else 0.0
 
 
@@ -109,28 +145,14 @@ def duplicate_rate(lists: Lists) -> float:
     >>> duplicate_rate([[0, 1, 0, 0], [0, 1, 2, 3]])
     0.25
     """
-    flat, owner, _ = _flattened(lists)
+    flat, owner, _ = flattened(lists)
     if not len(flat):
         return 0.0
     return 1.0 - len(np.unique(np.stack([owner, flat]), axis=1).T) / len(flat)
 
 
-def _flattened(lists: Lists) -> tuple[Ranks, Ranks, Ranks]:
-    """All slots in one row: their values, the list that each belongs to, and its place there."""
-    lengths = np.array([len(one) for one in lists], dtype=np.int64)
-    arrays = [np.asarray(one, dtype=np.int64) for one in lists]
-    flat = np.concatenate(arrays) if arrays else np.empty(0, dtype=np.int64)
-    owner = np.repeat(np.arange(len(lengths)), lengths)
-    place = np.arange(len(flat)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return flat, owner, place
-
-
 def _hits(ranks: npt.ArrayLike, k: int) -> npt.NDArray[np.bool_]:
-    given = np.asarray(ranks, dtype=np.int64).reshape(-1)
-    if k < 1:
-        raise DataError(f"k is {k}, which leaves no place for a hit. Give 1 or more.")
-    if not len(given):
-        raise DataError("There are no ranks, so nothing can be averaged. Evaluate at least one user.")
+    given = _checked(ranks, k)
     hits: npt.NDArray[np.bool_] = (given >= 0) & (given < k)
     return hits
 
@@ -140,3 +162,16 @@ def _gains(ranks: npt.ArrayLike, k: int) -> npt.NDArray[np.float64]:
     given = np.asarray(ranks, dtype=np.int64).reshape(-1)
     gains: npt.NDArray[np.float64] = hits / np.log2(np.where(hits, given, 0) + 2.0)
     return gains
+
+
+def _checked(ranks: npt.ArrayLike, k: int) -> npt.NDArray[np.int64]:
+    given = np.asarray(ranks, dtype=np.int64).reshape(-1)
+    _check_cut_off(k)
+    if not len(given):
+        raise DataError("There are no ranks, so nothing can be averaged. Evaluate at least one user.")
+    return given
+
+
+def _check_cut_off(k: int) -> None:
+    if k < 1:
+        raise DataError(f"k is {k}, which leaves no place for a hit. Give 1 or more.")
