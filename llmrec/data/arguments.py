@@ -3,9 +3,22 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from llmrec.data.columns import ITEM, POSITION, TIMESTAMP, TITLE, USER, ColumnNames
+from llmrec.data.columns import (
+    ACTION,
+    DOMAIN,
+    ITEM,
+    POSITION,
+    RATING,
+    TIMESTAMP,
+    TITLE,
+    USER,
+    WEIGHT,
+    ColumnNames,
+)
+from llmrec.data.timestamps import TimestampUnit
 from llmrec.exceptions import DataError
 
 if TYPE_CHECKING:
@@ -18,15 +31,30 @@ SplitName = Literal["leave-one-out", "global-temporal", "by-sample", "cold-users
 
 @dataclass
 class ColumnArguments:
-    """What the files call their columns."""
+    """What the files call their columns, and how their values are read."""
 
     user_column: str = field(default=USER, metadata={"help": "The interactions' column of user ids."})
     item_column: str = field(default=ITEM, metadata={"help": "The column of item ids, in both files."})
     timestamp_column: str = field(default=TIMESTAMP, metadata={"help": "The interactions' column of times, if any."})
     position_column: str = field(default=POSITION, metadata={"help": "The interactions' column of places, if any."})
+    rating_column: str = field(default=RATING, metadata={"help": "The interactions' column of ratings, if any."})
+    action_column: str = field(
+        default=ACTION, metadata={"help": "The interactions' column of what was done (view, purchase), if any."}
+    )
+    domain_column: str = field(
+        default=DOMAIN, metadata={"help": "The interactions' column of shops or categories, if any."}
+    )
+    weight_column: str = field(default=WEIGHT, metadata={"help": "The interactions' column of weights, if any."})
     title_column: str = field(default=TITLE, metadata={"help": "The items' column of titles."})
     text_columns: list[str] | None = field(
         default=None, metadata={"help": "The items' columns that join the title; default: all that read like text."}
+    )
+    timestamp_unit: TimestampUnit = field(
+        default="auto",
+        metadata={"help": "The times' unit; auto finds and says it, order takes any numbers as they are."},
+    )
+    invalid_rows: Literal["error", "drop"] = field(
+        default="error", metadata={"help": "Rows without ids or with impossible values: stop, or drop and count them."}
     )
 
     def names(self) -> ColumnNames:
@@ -36,9 +64,25 @@ class ColumnArguments:
             item=self.item_column,
             timestamp=self.timestamp_column,
             position=self.position_column,
+            rating=self.rating_column,
+            action=self.action_column,
+            domain=self.domain_column,
+            weight=self.weight_column,
             title=self.title_column,
             text=None if self.text_columns is None else tuple(self.text_columns),
         )
+
+    def read_interactions(self, path: str | Path) -> "Interactions":
+        """Reads interactions as the flags say; raises as `Interactions.read` does."""
+        from llmrec.data.interactions import Interactions
+
+        return Interactions.read(path, self.names(), self.timestamp_unit, self.invalid_rows)
+
+    def read_items(self, path: str | Path) -> "Items":
+        """Reads the table of items as the flags say; raises as `Items.read` does."""
+        from llmrec.data.items import Items
+
+        return Items.read(path, self.names(), self.invalid_rows)
 
 
 @dataclass

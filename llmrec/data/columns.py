@@ -25,6 +25,13 @@ _ALIASES = {
     ITEM: ("itemid", "item", "iid", "parentasin", "asin", "movieid", "productid", "product", "articleid", "sku"),
     TIMESTAMP: ("timestamp", "time", "unixreviewtime", "unixtime", "ts", "datetime", "date"),
     POSITION: ("position", "pos", "sequenceposition"),
+    RATING: ("rating", "ratings", "overall", "stars", "starrating", "score"),
+    ACTION: (
+        *("action", "actiontype", "event", "eventtype", "behavior", "behaviour", "behaviortype", "behaviourtype"),
+        *("interactiontype", "feedbacktype"),
+    ),
+    DOMAIN: ("domain", "domainid", "domainname", "market", "marketplace", "maincategory"),
+    WEIGHT: ("weight", "interactionweight", "sampleweight"),
     TITLE: ("title", "name", "producttitle", "productname", "movietitle", "itemtitle", "itemname"),
 }
 _FLAGS = {
@@ -32,6 +39,10 @@ _FLAGS = {
     ITEM: "--item-column",
     TIMESTAMP: "--timestamp-column",
     POSITION: "--position-column",
+    RATING: "--rating-column",
+    ACTION: "--action-column",
+    DOMAIN: "--domain-column",
+    WEIGHT: "--weight-column",
     TITLE: "--title-column",
 }
 
@@ -40,11 +51,17 @@ _FLAGS = {
 class ColumnNames:
     """What a file calls its columns; a value that differs from the canonical name counts as chosen by the user.
 
+    An empty name says that an optional column is not to be read, whatever the file holds.
+
     Attributes:
         user: ids of users, required in interactions.
         item: ids of items, required in interactions and items.
-        timestamp: unix seconds (or any number, or a date type, that grows with time), optional.
+        timestamp: times, as numbers of any unit, ISO 8601 or a date type, optional.
         position: place inside the user's sequence, optional.
+        rating: how much the user liked it, a number, optional.
+        action: what was done (the behaviour, such as view or purchase), optional.
+        domain: the shop, market or category where it was done, optional.
+        weight: how much the interaction counts, a number, optional.
         title: what an item is called, optional.
         text: the item columns that go into its text, or None for every column that reads like text.
     """
@@ -53,6 +70,10 @@ class ColumnNames:
     item: str = ITEM
     timestamp: str = TIMESTAMP
     position: str = POSITION
+    rating: str = RATING
+    action: str = ACTION
+    domain: str = DOMAIN
+    weight: str = WEIGHT
     title: str = TITLE
     text: tuple[str, ...] | None = None
 
@@ -94,10 +115,18 @@ class ColumnNames:
             ITEM: self.item,
             TIMESTAMP: self.timestamp,
             POSITION: self.position,
+            RATING: self.rating,
+            ACTION: self.action,
+            DOMAIN: self.domain,
+            WEIGHT: self.weight,
             TITLE: self.title,
         }[canonical]
+        if wanted == "" and not required:
+            return None
         if wanted in available:
             return wanted
+        if wanted.split(":")[0] in available:  # as RecBole's header has it, where the type has left the name
+            return wanted.split(":")[0]
         if wanted == canonical:
             by_plain_name: dict[str, str] = {}
             for name in available:

@@ -1,17 +1,20 @@
 """Items: what can be recommended, and the text that describes it."""
 
 import html
+import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import polars as pl
 
 from llmrec.data.columns import ITEM, TITLE, ColumnNames
 from llmrec.data.interactions import Interactions
-from llmrec.data.table import read_ids, read_table
+from llmrec.data.source import Source
+from llmrec.data.table import open_table
+from llmrec.data.values import Fault, check_ids, refuse
 from llmrec.exceptions import DataError
 from llmrec.storage import atomic_path
 
@@ -21,6 +24,9 @@ MAX_TEXT = 2000
 _MAX_TITLE = 120
 _NUMBER = r"^[-+$€£¥]*\s*[\d.,]+(?:[eE][-+]?\d+)?\s*[%$€£¥]?$"
 _ID_NAME = re.compile(r"(^|_)(id|ids|asin|ean|upc|isbn|sku)$", re.IGNORECASE)
+_VECTOR = r"^\[[-+\d.eE,\s]*\]$"
+_LINKS = r"^(?:https?://|www\.)\S+(?:,\s?(?:https?://|www\.)\S+)*$"
+_PRODUCTS = r"\bB0[0-9A-Z]{8}\b"
 _URL_NAME = re.compile(r"(^|_)(url|urls|link|links|image|images|img|thumbnail)($|_)", re.IGNORECASE)
 
 
@@ -28,13 +34,16 @@ class Items:
     """The table of items; the place of an item in it is the item's *row*, by which everything else refers to it.
 
     Text is cleaned on reading: HTML entities are unescaped, runs of white space become one space, and lists of strings
-    become one string, joined by a comma.
+    become one string, joined by a comma. An object, such as Amazon's details, becomes "key: value, key: value".
+    Columns of numbers, and of lists or arrays of numbers (embeddings), are passed through; columns of bytes are left
+    out.
 
     Attributes:
         frame: item_id and title (strings, never null), then the file's other columns; one row per item, in file order.
         missing_titles: items that came without a title; theirs is the first text they have, else their id.
         appended: items that `with_missing` added.
         text_columns: the columns that the user chose for `texts`, or None.
+        dropped: rows that `invalid="drop"` left out, by reason: "item_id" (no id), "repeated" (an id once more).
     """
 
     def __init__(
@@ -43,12 +52,14 @@ class Items:
         missing_titles: int = 0,
         appended: int = 0,
         text_columns: tuple[str, ...] | None = None,
+        dropped: Mapping[str, int] | None = None,
     ) -> None:
         """Wraps a frame that is canonical already; `read` and `from_frame` make it so."""
         self.frame = frame
         self.missing_titles = missing_titles
         self.appended = appended
         self.text_columns = text_columns
+        self.dropped: dict[str, int] = dict(dropped or {})
         self.ids: list[str] = frame[ITEM].to_list()
         self.titles: list[str] = frame[TITLE].to_list()
 
@@ -56,13 +67,26 @@ class Items:
         return len(self.ids)
 
     @classmethod
-    def read(cls, path: str | Path, columns: ColumnNames = ColumnNames()) -> Self:  # noqa: B008 (frozen)
-        """Reads parquet, CSV, TSV or JSON lines, compressed by gzip or zstd or not; ids become strings.
+    def read(
+        cls,
+        path: str | Path,
+        columns: ColumnNames = ColumnNames(),  # noqa: B008 (frozen)
+        invalid: Literal["error", "drop"] = "error",
+    ) -> Self:
+        """Reads any source that `llmrec.data.table.open_table` knows; ids become strings.
+
+        Args:
+            path: a file, a folder of files of one format, or `hub:user/name`.
+            columns: what the source calls its columns.
+            invalid: whether rows whose id is null, empty, a fraction, or was there before are an error, or left out
+                (of equal ids all but the first), counted and warned of.
 
         Raises:
-            DataError: if the file cannot be read, a column is not there, or an id is null, empty or there twice.
+            DataError: if the source cannot be read, a column is not there, or a row is invalid (unless dropped).
+            DependencyError: if the source is on the Hub and `datasets` is not installed.
         """
-        return cls.from_frame(read_table(path), columns, str(path))
+        frame, source = open_table(path).read()
+        return cls._made(frame, columns, source, invalid)
 
     @classmethod
     def from_frame(
@@ -70,15 +94,26 @@ class Items:
         frame: pl.DataFrame,
         columns: ColumnNames = ColumnNames(),  # noqa: B008 (frozen)
         source: str = "the items",
+        invalid: Literal["error", "drop"] = "error",
     ) -> Self:
-        """Takes over a frame; `source` is its name in messages. Raises DataError as `read` does."""
+        """Takes over a frame; `source` is its name in messages. Arguments and errors are those of `read`."""
+        return cls._made(frame, columns, Source(source), invalid)
+
+    @classmethod
+    def _made(
+        cls, frame: pl.DataFrame, columns: ColumnNames, source: Source, invalid: Literal["error", "drop"]
+    ) -> Self:
         if frame.height == 0:
             raise DataError(f"{source} has no rows. Give at least one item.")
         # In a log, "id" would rather number the rows.
-        item = columns.find(ITEM, frame.columns, source, required=True, also=("id",))
-        title = columns.find(TITLE, frame.columns, source)
-        ids = read_ids(frame, item, source)
-        _refuse_duplicates(ids, source)
+        item = columns.find(ITEM, frame.columns, source.name, required=True, also=("id",))
+        title = columns.find(TITLE, frame.columns, source.name)
+        ids, faults = check_ids(frame[item], item, source)
+        if invalid == "error":
+            refuse(faults, source)
+            _refuse_duplicates(ids, source)
+        kept, dropped = _kept(ids, faults, source)
+        frame, ids = frame.filter(kept), ids.filter(kept)
         for name in columns.text or ():
             if name not in frame.columns:
                 raise DataError(
@@ -87,7 +122,7 @@ class Items:
                 )
         # A column that bears a canonical name without playing its part would be in the way.
         others = [name for name in frame.columns if name not in (item, title, ITEM, TITLE)]
-        if binary := [name for name in others if frame[name].dtype in (pl.Binary, pl.Object)]:
+        if binary := [name for name in others if _holds_bytes(frame[name].dtype)]:
             logger.warning("%s: columns of bytes are left out: %s", source, ", ".join(binary))
             others = [name for name in others if name not in binary]
         cleaned = {name: _clean(frame[name]) for name in others}
@@ -100,7 +135,7 @@ class Items:
             titles[row] = _shorten(next(texts, ids[row]), _MAX_TITLE)
         canonical.insert_column(1, pl.Series(TITLE, titles, dtype=pl.String))
         text_columns = None if columns.text is None else tuple(TITLE if c == title else c for c in columns.text)
-        return cls(canonical, len(missing), text_columns=text_columns)
+        return cls(canonical, len(missing), text_columns=text_columns, dropped=dropped)
 
     @classmethod
     def from_interactions(cls, interactions: Interactions) -> Self:
@@ -118,7 +153,7 @@ class Items:
         logger.warning("%d item(s) of the interactions are not in the item table, such as %r", len(new), new[0])
         added = pl.DataFrame({ITEM: new, TITLE: new}, schema={ITEM: pl.String, TITLE: pl.String})
         frame = pl.concat([self.frame, added], how="diagonal")
-        return Items(frame, self.missing_titles + len(new), self.appended + len(new), self.text_columns)
+        return Items(frame, self.missing_titles + len(new), self.appended + len(new), self.text_columns, self.dropped)
 
     def texts(self, columns: Sequence[str] | None = None) -> list[str]:
         """One string per item, `title. column: value. …`, of at most `MAX_TEXT` characters, for an embedding.
@@ -164,7 +199,7 @@ class Items:
             self.frame.write_parquet(temporary)
 
 
-def _refuse_duplicates(ids: pl.Series, source: str) -> None:
+def _refuse_duplicates(ids: pl.Series, source: Source) -> None:
     repeated = ids.is_duplicated()
     if not repeated.any():
         return
@@ -172,24 +207,64 @@ def _refuse_duplicates(ids: pl.Series, source: str) -> None:
     rows = [row + 1 for row in (ids == first).arg_true().to_list()]
     raise DataError(
         f"{source}: item {first!r} stands in rows {', '.join(map(str, rows[:5]))}"
-        f"{', …' if len(rows) > 5 else ''} ({ids.filter(repeated).n_unique()} item(s) repeat). Keep one row per item."
+        f"{', …' if len(rows) > 5 else ''} ({ids.filter(repeated).n_unique()} item(s) repeat). Keep one row per "
+        "item, or drop the later ones with --invalid_rows drop."
     )
 
 
+def _kept(ids: pl.Series, faults: Sequence[Fault], source: Source) -> tuple[pl.Series, dict[str, int]]:
+    """Which rows have an id, and it for the first time; and how many were left out, which is also said."""
+    bad = pl.repeat(False, len(ids), eager=True, dtype=pl.Boolean)
+    dropped: dict[str, int] = {}
+    for fault in faults:
+        logger.warning("left out: %s", fault.found(source))
+        bad |= fault.rows
+    if bad.any():
+        dropped[ITEM] = int(bad.sum())
+    repeated = ~ids.is_first_distinct() & ~bad
+    if repeated.any():
+        row = int(repeated.arg_max() or 0)
+        logger.warning(
+            "left out: %d row(s) repeat an item, such as %s (%r)",
+            *(repeated.sum(), source.at(row, len(ids)), ids[row]),
+        )
+        dropped["repeated"] = int(repeated.sum())
+    if (bad | repeated).all():
+        raise DataError(f"All {len(ids)} rows of {source} are invalid. Check that the item column is the right one.")
+    return ~(bad | repeated), dropped
+
+
+def _holds_bytes(kind: Any) -> bool:
+    if isinstance(kind, pl.List | pl.Array):
+        return _holds_bytes(kind.inner)
+    if isinstance(kind, pl.Struct):
+        return any(_holds_bytes(field.dtype) for field in kind.fields)
+    return kind in (pl.Binary, pl.Object)
+
+
 def _clean(values: pl.Series) -> pl.Series:
-    """Strings and lists of strings as clean strings; columns of other types as they are."""
-    inner = values.dtype
+    """Strings, objects and lists of them as clean strings; columns of other types as they are."""
+    inner: Any = values.dtype
     while isinstance(inner, pl.List | pl.Array):
-        inner = inner.inner  # type: ignore[assignment]
-    if inner not in (pl.String, pl.Categorical, pl.Enum):
+        inner = inner.inner
+    if inner not in (pl.String, pl.Categorical, pl.Enum) and not isinstance(inner, pl.Struct):
         return values
+    if values.dtype == pl.String and len(present := values.drop_nulls()) and present.str.contains(_VECTOR).all():
+        return _vectors(values)
     cleaned = [" ".join(_unescaped(_joined(value)).split()) or None for value in values.to_list()]
     return pl.Series(values.name, cleaned, dtype=pl.String)
 
 
-def _titles(values: pl.Series, source: str) -> list[str | None]:
+def _vectors(values: pl.Series) -> pl.Series:
+    """Text such as "[0.5, 1]", in which CSV holds an embedding, as lists of numbers; as it is if one is none."""
+    inside = values.str.strip_chars("[] ").str.split(",").list.eval(pl.element().str.strip_chars())
+    numbers = inside.list.eval(pl.element().filter(pl.element() != "")).cast(pl.List(pl.Float64), strict=False)
+    return values if numbers.list.eval(pl.element().is_null()).list.any().any() else numbers
+
+
+def _titles(values: pl.Series, source: Source) -> list[str | None]:
     """A title column, cleaned, as strings; raises DataError for one that holds neither text nor numbers."""
-    cleaned = _clean(values)
+    cleaned = values if isinstance(values.dtype, pl.Struct) else _clean(values)
     if cleaned.dtype != pl.String and not cleaned.dtype.is_numeric() and cleaned.dtype != pl.Null:
         raise DataError(
             f"{source}: the title column {values.name!r} holds {values.dtype}, which is no text. "
@@ -208,7 +283,23 @@ def _unescaped(text: str) -> str:
 def _joined(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(part for part in map(_joined, value) if part)
+    if isinstance(value, dict):
+        return ", ".join(
+            f"{name}: {part}" for name, part in zip(value, map(_joined, value.values()), strict=True) if part
+        )
+    if isinstance(value, str) and value[:1] in ("{", "["):
+        return _joined_json(value)
     return "" if value is None else str(value)
+
+
+def _joined_json(text: str) -> str:
+    """JSON as text that reads well, if it is an object or a list of more than numbers; else the text as it is."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    plain = isinstance(value, list) and not any(isinstance(part, str | dict | list) for part in value)
+    return text if plain and value else _joined(value)
 
 
 def _reads_like_text(values: pl.Series) -> bool:
@@ -218,8 +309,8 @@ def _reads_like_text(values: pl.Series) -> bool:
     present = values.drop_nulls()
     if not len(present) or present.str.contains(_NUMBER).all():
         return False
-    links = int(present.str.contains(r"^(?:https?://|www\.)\S+$").sum())
-    return links * 2 < len(present)
+    others = int((present.str.contains(_LINKS) | present.str.contains(_PRODUCTS)).sum())
+    return others * 2 < len(present)
 
 
 def _has_words(value: str | None) -> bool:

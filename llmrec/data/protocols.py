@@ -170,6 +170,11 @@ class _Log:
     """Interactions as arrays over an item table; the frame is sorted by user, so a user is a run of rows."""
 
     def __init__(self, interactions: Interactions, items: Items) -> None:
+        if len(items) < 2:
+            raise DataError(
+                f"The catalog has {len(items)} item, {items.ids[0]!r}, so there is nothing to choose from. "
+                "Check that the item column is the right one, or give more items."
+            )
         frame = interactions.frame
         self.item_ids = items.ids
         self.rows = _rows_of(frame[ITEM], items)

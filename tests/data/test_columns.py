@@ -2,7 +2,20 @@ import logging
 
 import pytest
 
-from llmrec.data.columns import ITEM, POSITION, TIMESTAMP, TITLE, USER, ColumnNames
+from llmrec.data.arguments import ColumnArguments
+from llmrec.data.columns import (
+    ACTION,
+    DOMAIN,
+    ITEM,
+    POSITION,
+    RATING,
+    TIMESTAMP,
+    TITLE,
+    USER,
+    WEIGHT,
+    ColumnNames,
+)
+from llmrec.data.interactions import Interactions
 from llmrec.exceptions import DataError
 
 
@@ -44,3 +57,47 @@ def test_a_chosen_column_is_never_replaced_by_an_alias():
 def test_a_required_column_names_its_flag():
     with pytest.raises(DataError, match=r"no column 'user_id'.*'who', 'what'.*--user-column"):
         ColumnNames().find(USER, ["who", "what"], "log.csv", required=True)
+
+
+@pytest.mark.parametrize(
+    ("canonical", "available", "expected"),
+    [
+        (RATING, ["overall"], "overall"),
+        (RATING, ["stars", "score"], "stars"),
+        (ACTION, ["event_type"], "event_type"),
+        (ACTION, ["behaviour"], "behaviour"),
+        (DOMAIN, ["main_category"], "main_category"),
+        (WEIGHT, ["weight"], "weight"),
+        (RATING, ["user_id"], None),
+    ],
+)
+def test_optional_columns(canonical, available, expected):
+    assert ColumnNames().find(canonical, available, "log.csv") == expected
+
+
+def test_an_empty_name_passes_a_column_over():
+    assert ColumnNames(rating="").find(RATING, ["rating"], "log.csv") is None
+    with pytest.raises(DataError, match="--user-column"):
+        ColumnNames(user="").find(USER, ["user_id"], "log.csv", required=True)
+
+
+def test_recboles_types_may_be_named(tmp_path):
+    path = tmp_path / "a.inter"
+    path.write_text("who:token\titem_id:token\n1\t2\n")
+    assert Interactions.read(path, ColumnNames(user="who:token")).histories() == {"1": ["2"]}
+
+
+def test_arguments_reach_the_readers(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("who,what,when,how,shop,grade,mass,place\na,x,5,view,uk,3,2,1\n,x,5,view,uk,3,2,1\n")
+    columns = {"user": "who", "item": "what", "timestamp": "when", "action": "how", "domain": "shop"}
+    columns |= {"rating": "grade", "weight": "mass", "position": "place"}
+    flags = {f"{name}_column": column for name, column in columns.items()}
+    arguments = ColumnArguments(**flags, timestamp_unit="order", invalid_rows="drop")
+    log = arguments.read_interactions(path)
+    assert log.frame.rows() == [("a", "x", 5, 1, 3, "view", "uk", 2)]
+    assert (log.dropped, log.time_unit) == ({"user_id": 1}, "order")
+    path.write_text("what,label,words\nx,A,b\nx,A,b\n")
+    items = ColumnArguments(item_column="what", title_column="label", text_columns=[], invalid_rows="drop")
+    assert items.read_items(path).texts() == ["A."]
+    assert items.read_items(path).dropped == {"repeated": 1}

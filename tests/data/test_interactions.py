@@ -2,10 +2,13 @@ import gzip
 import random
 import shutil
 import subprocess
+from collections import Counter
 from datetime import UTC, datetime
 
 import polars as pl
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmrec.data.columns import ColumnNames
 from llmrec.data.interactions import Interactions
@@ -154,7 +157,7 @@ def test_columns_are_remapped(tmp_path):
         ("a.jsonl", '{"user_id": "u", "item_id": "i"}\n{"user_id": "u"}\n', r"row 2 of 2: item_id is None"),
         ("a.jsonl", '{"user_id": "u", "item_id": "i"}\n{"user_id": "u",\n', r"a\.jsonl, line 2: .*is not JSON"),
         ("a.jsonl", '{"user_id": "u", "item_id": "i"}\n["u", "i"]\n', r"line 2: .*no JSON object"),
-        ("a.jsonl", '{"user_id": "u", "item_id": 1.5}\n', r"row 1: item_id is 1\.5"),
+        ("a.jsonl", '{"user_id": "u", "item_id": 1.5}\n', r"row 1 of 1: item_id is 1\.5"),
         ("a.jsonl", '{"user_id": "u", "item_id": ["i"]}\n', r"item_id holds List"),
         ("a.csv", b"user_id,item_id\nu,i\nu,caf\xe9\n", r"a\.csv, line 3: .*xe9.*not UTF-8"),
         ("a.csv", "user_id,item_id,timestamp\nu,i,1\nu,j,monday\n", r"row 2 of 2: timestamp is 'monday'"),
@@ -189,3 +192,152 @@ def test_a_gap_in_parquet_ids_is_found(tmp_path):
     pl.DataFrame({"user_id": ["a", "b"], "item_id": [1.0, float("nan")]}).write_parquet(tmp_path / "a.parquet")
     with pytest.raises(DataError, match="row 2 of 2: item_id is None"):
         Interactions.read(tmp_path / "a.parquet")
+
+
+def test_optional_columns_stand_where_they_are(tmp_path):
+    text = "event,user,item,ts,stars,market,weight,other\nview,a,x,2,4.5,uk,1,q\n,a,y,1,,us,2,q\n"
+    log = Interactions.read(written(tmp_path / "a.csv", text))
+    assert log.frame.rows(named=True) == [
+        {"user_id": "a", "item_id": "y", "timestamp": 1, "rating": None, "action": None, "domain": "us", "weight": 2},
+        {"user_id": "a", "item_id": "x", "timestamp": 2, "rating": 4.5, "action": "view", "domain": "uk", "weight": 1},
+    ]
+    assert log.frame.columns == ["user_id", "item_id", "timestamp", "rating", "action", "domain", "weight"]
+    log.write(tmp_path / "a.parquet")
+    assert Interactions.read(tmp_path / "a.parquet").frame.equals(log.frame)
+    named = ColumnNames(user="user", item="item", action="other", rating="", weight="weight")
+    assert Interactions.read(tmp_path / "a.csv", named).frame.columns == [
+        *("user_id", "item_id", "timestamp", "action", "domain", "weight")
+    ]
+    with pytest.raises(DataError, match=r"row 1 of 1: score is 'A\+', which is no number.*empty name of the rating"):
+        Interactions.read(written(tmp_path / "b.csv", "user,item,score\na,x,A+\n"))
+
+
+BAD = """user_id,item_id,timestamp,rating
+a,x,1400000000,5
+,y,1400000001,5
+a,,1400000002,5
+a,z,-5,5
+,,0,5
+b,x,1400000003,bad
+a,w,,5
+b,y,1400000001,1
+"""
+
+
+def test_invalid_rows_are_dropped_and_counted(tmp_path, caplog):
+    path = written(tmp_path / "a.csv", BAD)
+    with pytest.raises(DataError, match=r"row 2 of 8: user_id is None, which is no id \(2 such row\(s\)\)"):
+        Interactions.read(path)
+    log = Interactions.read(path, invalid="drop")
+    assert log.histories() == {"a": ["x", "w"], "b": ["y"]}
+    # A row of several faults counts once, for the first of its columns.
+    assert log.dropped == {"user_id": 2, "item_id": 1, "timestamp": 1, "rating": 1}
+    assert sum(log.dropped.values()) == 8 - len(log)
+    assert log.rows_without_timestamp == 1
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any("row 4 of 8: timestamp is '-5', which is negative" in warning for warning in warnings)
+    assert any("row 6 of 8: rating is 'bad', which is no number (1 such row(s))" in warning for warning in warnings)
+    with pytest.raises(DataError, match=r"All 1 rows of .*a\.csv are invalid"):
+        Interactions.read(written(path, "user_id,item_id\n,x\n"), invalid="drop")
+    with pytest.raises(DataError, match="'ignore'"):
+        Interactions.read(written(path, "user_id,item_id\n,x\n"), invalid="ignore")
+
+
+def test_a_unit_may_be_forced(tmp_path):
+    path = written(tmp_path / "a.csv", "user_id,item_id,timestamp\na,x,1400000000000\na,y,1300000000500\n")
+    assert Interactions.read(path).frame["timestamp"].to_list() == [1300000000.5, 1400000000]
+    order = Interactions.read(path, timestamp_unit="order")
+    assert (order.time_unit, order.frame["timestamp"].to_list()) == ("order", [1300000000500, 1400000000000])
+    with pytest.raises(DataError, match="in s, but a time in ms: the units are mixed"):
+        Interactions.read(path, timestamp_unit="s")
+
+
+LOGS = st.lists(
+    st.tuples(
+        st.sampled_from("abc"),
+        st.integers(0, 99),
+        st.none() | st.sampled_from([1_400_000_000, 1_400_086_400, 1_500_000_000]),
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+def log_of(rows, timed=True):
+    schema = {"user_id": pl.String, "item_id": pl.Int64, "timestamp": pl.Int64}
+    frame = pl.DataFrame(rows, schema=schema, orient="row")
+    return Interactions.from_frame(frame if timed else frame.drop("timestamp"))
+
+
+@settings(deadline=None)
+@given(LOGS, st.integers(0, 2**32))
+def test_shuffled_ties(rows, seed):
+    log = log_of(rows)
+    shuffled = log.shuffled_ties(seed)
+    assert shuffled.frame.equals(log.shuffled_ties(seed).frame)
+    assert shuffled.frame.columns == log.frame.columns
+    before, after = log.frame.rows(), shuffled.frame.rows()
+    # The same users and times in the same places, and in each run of a user's equal times the same items.
+    start = 0
+    for end in range(1, len(before) + 1):
+        one, other = before[start], before[end] if end < len(before) else None
+        if other is None or len(one) == 2 or other[0] != one[0] or other[2] != one[2] or one[2] is None:
+            assert sorted(before[start:end]) == sorted(after[start:end])
+            start = end
+    groups = log.tie_groups().tolist()
+    for left in range(len(before) - 1):
+        tied = len(before[left]) > 2 and before[left][2] is not None and before[left][::2] == before[left + 1][::2]
+        assert (groups[left] == groups[left + 1]) == tied
+
+
+def test_every_order_of_a_tie_is_as_likely():
+    log = log_of([("a", item, 1_400_000_000) for item in range(3)] + [("a", 9, 1_500_000_000)])
+    orders = Counter(tuple(log.shuffled_ties(seed).histories()["a"]) for seed in range(600))
+    assert len(orders) == 6
+    assert {order[-1] for order in orders} == {"9"}
+    assert min(orders.values()) > 60  # 100 expected, a standard deviation of 9
+
+
+def test_shuffled_ties_survive_writing_where_there_are_positions(tmp_path):
+    rows = [("a", item, 1_400_000_000, item) for item in range(50)]
+    log = Interactions.from_frame(
+        pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp", "position"], orient="row")
+    )
+    shuffled = log.shuffled_ties(3)
+    assert shuffled.histories() != log.histories()
+    shuffled.write(tmp_path / "a.parquet")
+    assert Interactions.read(tmp_path / "a.parquet").histories() == shuffled.histories()
+
+
+def test_nothing_to_shuffle_is_said(caplog):
+    log = log_of([("a", 1, None), ("a", 2, None)], timed=False)
+    assert log.shuffled_ties(0).frame.equals(log.frame)
+    assert log.tie_groups().tolist() == [0, 1]
+    assert "nothing to shuffle" in caplog.text
+
+
+def test_keys_that_no_integer_holds_sort_as_well():
+    big = 2**61
+    frame = pl.DataFrame(
+        {
+            "user_id": ["b", "a", "b", "a", "b"],
+            "item_id": [1, 2, 3, 4, 5],
+            "timestamp": [big, -big, -big, big, -big],
+            "position": [0, big, big, -big, 1],
+        }
+    )
+    log = Interactions.from_frame(frame, timestamp_unit="order")
+    assert log.histories() == {"b": ["5", "3", "1"], "a": ["2", "4"]}
+    assert log.user_ids == ["b", "a"]
+
+
+def test_real_logs_read_as_they_are(shared_data):
+    beauty = Interactions.read(shared_data / "amazon-beauty" / "interactions.csv.gz")
+    assert (len(beauty), len(beauty.user_ids), beauty.rows_without_timestamp) == (198_502, 22_363, 287)
+    assert beauty.time_unit == "s"
+    million = Interactions.read(shared_data / "movielens-1m" / "interactions.csv.gz")
+    assert (len(million), len(million.user_ids)) == (999_611, 6040)
+    scientific = Interactions.read(shared_data / "amazon-scientific" / "interactions.csv.gz")
+    assert (len(scientific), scientific.frame.columns) == (58_492, ["user_id", "item_id", "position"])
+    clicks = Interactions.read(shared_data / "movielens-1m-ctr" / "train.jsonl.gz")
+    assert (len(clicks), clicks.frame.columns) == (33_891, ["user_id", "item_id", "timestamp"])

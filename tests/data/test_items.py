@@ -154,3 +154,68 @@ def test_odd_title_columns(tmp_path):
 def test_columns_of_bytes_are_left_out():
     items = Items.from_frame(pl.DataFrame({"item_id": ["a"], "title": ["t"], "image": [b"\x00\xff"]}))
     assert "image" not in items.frame.columns
+
+
+def test_vectors_are_passed_through(tmp_path):
+    vectors = pl.Series([[0.5, 1.0], [2.0, 3.0]])
+    frame = pl.DataFrame(
+        {"item_id": ["a", "b"], "title": ["A", "B"], "list": vectors, "array": vectors.cast(pl.Array(pl.Float32, 2))}
+    )
+    items = Items.from_frame(frame)
+    assert items.frame["list"].to_list() == items.frame["array"].to_list() == vectors.to_list()
+    assert items.frame["array"].dtype == pl.Array(pl.Float32, 2)
+    assert items.texts() == ["A.", "B."]
+    (tmp_path / "items.csv").write_text('item_id,title,vector\na,A,"[0.5, 1]"\nb,B,\n')
+    assert Items.read(tmp_path / "items.csv").frame["vector"].to_list() == [[0.5, 1], None]
+    (tmp_path / "items.csv").write_text('item_id,title,vector\na,A,"[0.5, -]"\n')
+    assert Items.read(tmp_path / "items.csv").frame["vector"].to_list() == ["[0.5, -]"]
+
+
+def test_objects_read_well():
+    items = Items.from_frame(
+        pl.DataFrame(
+            {
+                "item_id": ["a", "b"],
+                "title": ["[1] A", "{b}"],
+                "details": [{"Brand": "X &amp; Y", "Size": None}, {"Brand": None, "Size": 3}],
+                "json": ['{"k": ["v", "w"]}', "plain"],
+            }
+        )
+    )
+    assert items.titles == ["[1] A", "{b}"]
+    assert items.frame["details"].to_list() == ["Brand: X & Y", "Size: 3"]
+    assert items.frame["json"].to_list() == ["k: v, w", "plain"]
+
+
+def test_bytes_inside_are_left_out(caplog):
+    image = [{"bytes": b"\xff", "path": "x"}]
+    items = Items.from_frame(pl.DataFrame({"item_id": ["a"], "title": ["t"], "image": image, "raw": [[b"x"]]}))
+    assert items.frame.columns == ["item_id", "title"]
+    assert "columns of bytes are left out: image, raw" in caplog.text
+
+
+def test_invalid_rows_are_dropped_and_counted(tmp_path, caplog):
+    path = tmp_path / "items.csv"
+    path.write_text("item_id,title\na,A\n,B\na,C\nb,D\n ,E\na,F\n")
+    items = Items.read(path, invalid="drop")
+    assert (items.ids, items.titles) == (["a", "b"], ["A", "D"])
+    assert items.dropped == {"item_id": 2, "repeated": 2}
+    assert "items.csv, row 2 of 6: item_id is None, which is no id (2 such row(s))" in caplog.text
+    assert "2 row(s) repeat an item, such as" in caplog.text
+    assert "items.csv, row 3 of 6 ('a')" in caplog.text
+    with pytest.raises(DataError, match="row 2 of 6"):
+        Items.read(path)
+    path.write_text("item_id,title\n,A\n")
+    with pytest.raises(DataError, match=r"All 1 rows of .*items\.csv are invalid"):
+        Items.read(path, invalid="drop")
+
+
+def test_columns_of_products_and_links_are_no_text():
+    items = items_of(
+        item_id=["a", "b", "c"],
+        title=["A", "B", "C"],
+        also_buy=["B00JHONN1S, B002BZX8Z6", "B00JHONN1S", None],
+        pictures=["https://x/1.jpg, https://x/2.jpg", "https://x/3.jpg", None],
+        note=["see B00JHONN1S", "fine", "see https://x for more"],
+    )
+    assert items.texts() == ["A. note: see B00JHONN1S.", "B. note: fine.", "C. note: see https://x for more."]

@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -230,6 +231,13 @@ def test_bad_inputs():
         SplitArguments("cold-users").make(few, items)
 
 
+def test_a_catalog_of_one_item_is_refused():
+    one = Interactions.from_frame(pl.DataFrame({"user_id": ["a"] * 4, "item_id": ["i1"] * 4}))
+    for name in ("leave-one-out", "cold-users"):
+        with pytest.raises(DataError, match=r"has 1 item, 'i1', so there is nothing to choose from\. Check"):
+            SplitArguments(name).make(one, Items.from_interactions(one))
+
+
 def test_movielens_by_time(shared_data):
     folder = shared_data / "movielens-1m"
     interactions = Interactions.read(folder / "interactions.csv.gz")
@@ -240,3 +248,34 @@ def test_movielens_by_time(shared_data):
     assert flat[split.positions["valid"]].max() < flat[split.positions["test"]].min()
     assert split.in_training.mean() == pytest.approx(0.8, abs=1e-3)
     assert np.mean(split.headline("test")) < 1
+
+
+def test_a_case_without_a_history_has_no_gap_and_no_day():
+    frame = pl.DataFrame(
+        {
+            "user_id": ["a", "a", "b", "b", "c"],
+            "item_id": ["i1", "i2", "i1", "i2", "i3"],
+            "timestamp": [BASE, BASE + 86_400, BASE + 2 * 86_400, BASE + 3 * 86_400, BASE + 4 * 86_400],
+        }
+    )
+    items = Items.from_frame(pl.DataFrame({"item_id": ["i1", "i2", "i3"]}))
+    split = global_temporal(
+        Interactions.from_frame(frame), items, valid_time=BASE + 86_400, test_time=BASE + 2 * 86_400
+    )
+    assert [history.tolist() for history in split.histories("test")] == [[], [0], []]
+    assert split.gaps("test").tolist() == pytest.approx([math.nan, 86_400, math.nan], nan_ok=True)
+    assert split.later_days("test").tolist() == [False, True, False]
+
+
+def test_the_hash_holds_every_part():
+    interactions, items = random_log(4, users=60)
+    split = global_temporal(interactions, items)
+    both = np.concatenate([split.positions["valid"], split.positions["test"]])
+    moved = {"valid": both[: len(split.positions["valid"]) + 1], "test": both[len(split.positions["valid"]) + 1 :]}
+    variants = [
+        split,
+        replace(split, positions=moved),
+        replace(split, train_ends=np.maximum(split.train_ends - 1, split.offsets[:-1])),
+        replace(split, rows=split.rows[::-1]),
+    ]
+    assert len({variant.content_hash for variant in variants}) == len(variants)

@@ -106,7 +106,7 @@ def test_lengths_keep_ids_apart_that_read_alike():
 def test_bad_inputs():
     log = log_of({"u": ["1", "2", "3"]})
     with pytest.raises(DataError, match=r"2 item\(s\).* not in the item table, such as '2'.*with_missing"):
-        leave_one_out(log, table_of("1"))
+        leave_one_out(log, table_of("14"))
     with pytest.raises(DataError, match="min_history is 2"):
         leave_one_out(log, table_of("123"), min_history=2)
     with pytest.raises(DataError, match=r"None of the 1 users has 4 .*most are 3"):

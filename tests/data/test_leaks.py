@@ -1,0 +1,221 @@
+"""Leaks: every figure by its definition on random logs, and plants that are found one by one."""
+
+import json
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from logs import START, logged, shop, split_of
+
+from llmrec.data.interactions import Interactions
+from llmrec.data.leaks import equal_users, first_places, look_ahead, overlap, repeats, seen_overlap, unseen
+from llmrec.data.split import Split
+
+
+def random_split(seed: int, users: int = 40, items: int = 7) -> Split:
+    generator = np.random.default_rng(seed)
+    sequences, times = [], []
+    for _ in range(users):
+        length = int(generator.integers(1, 9))
+        sequences.append(generator.integers(0, items, length).tolist())
+        own = np.sort(generator.integers(0, 60, length)) * 10_000.0 + START
+        times.append([None if generator.random() < 0.1 else float(t) for t in own])
+    return split_of(sequences, times, num_items=items + 2)
+
+
+def sequence(split: Split, user: int) -> list[int]:
+    return split.rows[split.offsets[user] : split.offsets[user + 1]].tolist()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_repeats_are_those_of_the_definition(seed: int) -> None:
+    split = random_split(seed)
+    again, immediate, pairs, copies, first = [], [], {}, 0, []
+    assert split.timestamps is not None
+    known: set[tuple[int, int, float]] = set()
+    for user in range(len(split.all_users)):
+        own = sequence(split, user)
+        for place, item in enumerate(own):
+            first.append(int(split.offsets[user]) + own.index(item))
+            pairs[user, item] = pairs.get((user, item), 0) + 1
+            time = split.timestamps[split.offsets[user] + place]
+            copies += (user, item, time) in known
+            if not np.isnan(time):
+                known.add((user, item, time))
+            if place:
+                again.append(item in own[:place])
+                immediate.append(item == own[place - 1])
+    found = repeats(split)
+    assert first_places(split).tolist() == first
+    assert found["repeated_share"] == pytest.approx(np.mean(again))
+    assert found["immediate_share"] == pytest.approx(np.mean(immediate))
+    assert found["repeated_pairs"] == sum(count > 1 for count in pairs.values())
+    assert found["repeated_pair_share"] == pytest.approx(found["repeated_pairs"] / len(pairs))
+    assert found["exact_copies"] == copies
+    histories = zip(split.histories("test"), split.targets("test"), strict=True)
+    assert found["test_in_history_share"] == pytest.approx(
+        np.mean([target in history for history, target in histories])
+    )
+
+
+@pytest.mark.parametrize("part", ["test", "valid"])
+@pytest.mark.parametrize("seed", range(4))
+def test_overlap_is_that_of_the_definition(seed: int, part: Any) -> None:
+    split = random_split(seed)
+    train = split.train
+    leaked = [
+        (split.all_users[user], split.item_ids[target])
+        for user, target in zip(split.case_users(part).tolist(), split.targets(part).tolist(), strict=True)
+        if target in train[user]
+    ]
+    found = overlap(split, part)
+    assert found["in_training"] == len(leaked) > 0
+    assert found["share"] == pytest.approx(len(leaked) / len(split.targets(part)))
+    assert [(example["user"], example["item"]) for example in found["examples"]] == leaked[:5]
+    json.dumps(found, allow_nan=False)
+
+
+def test_overlap_is_set_against_the_rest_of_the_log() -> None:
+    """Where a third of all interactions repeat, as many test items do; where none does, one test item stands out."""
+    generator = np.random.default_rng(1)
+    natural = overlap(split_of([generator.integers(0, 8, 9).tolist() for _ in range(300)]))
+    assert natural["in_training"] > 100
+    assert natural["p_value"] > 1e-3
+    planted = [list(range(user, user + 6)) for user in range(200)]
+    clean = overlap(split_of(planted))
+    assert (clean["in_training"], clean["expected_share"]) == (0, 0)
+    planted[77][2] = planted[77][-1]
+    found = overlap(split_of(planted))
+    assert found["in_training"] == 1
+    assert found["p_value"] == 0
+    assert found["examples"] == [{"user": "u77", "item": "i82", "time": None}]
+
+
+def test_seen_pairs_are_those_of_the_definition() -> None:
+    split = random_split(3)
+    generator = np.random.default_rng(9)
+    drawn = generator.random(len(split.rows)) < 0.4
+    pairs = {
+        (split.all_users[u], split.item_ids[i]) for u, i in zip(split.owner[drawn], split.rows[drawn], strict=True)
+    }
+    frame = pl.DataFrame([*pairs, ("stranger", "i1")], schema=["user_id", "item_id"], orient="row")
+    found = seen_overlap(split, Interactions.from_frame(frame))
+    hits = unexplained = 0
+    examples = []
+    for user, history, target in zip(split.users("test"), split.histories("test"), split.targets("test"), strict=True):
+        if (user, split.item_ids[target]) in pairs:
+            hits += 1
+            if target not in history:
+                unexplained += 1
+                examples.append((user, split.item_ids[target]))
+    assert found["in_seen"] == hits > unexplained > 0
+    assert found["unexplained"] == unexplained
+    assert found["share"] == pytest.approx(unexplained / len(split.targets("test")))
+    assert [(example["user"], example["item"]) for example in found["examples"]] == examples[:5]
+    assert found["users_in_common"] == len({user for user, _ in pairs})
+    assert found["interactions"] == len(pairs) + 1
+
+
+def test_seen_training_is_no_leak_and_another_users_test_item_is_none() -> None:
+    interactions, _, split = logged(shop(1))
+    training = Interactions(interactions.frame.filter(pl.Series(split.in_training)))
+    assert seen_overlap(split, training)["unexplained"] == 0
+    assert seen_overlap(split, training, "valid")["unexplained"] == 0
+    assert seen_overlap(split, interactions)["unexplained"] == len(split.targets("test"))
+    strangers = Interactions(interactions.frame.with_columns(pl.col("user_id") + "x"))
+    found = seen_overlap(split, strangers)
+    assert (found["users_in_common"], found["in_seen"]) == (0, 0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_look_ahead_is_that_of_the_definition(seed: int) -> None:
+    split = random_split(seed, users=25)
+    times = split.timestamps
+    assert times is not None
+    training = [place for place in np.flatnonzero(split.in_training).tolist() if not np.isnan(times[place])]
+    shares, late = [], []
+    for case, user in zip(split.positions["test"].tolist(), split.case_users("test").tolist(), strict=True):
+        if np.isnan(times[case]):
+            continue
+        others = [times[place] > times[case] for place in training if split.owner[place] != user]
+        shares.append(np.mean(others))
+        own = [times[place] for place in training if split.rows[place] == split.rows[case]]
+        if own:
+            late.append(min(own) > times[case])
+    found = look_ahead(split)
+    assert found is not None
+    assert found["cases"] == len(shares)
+    assert found["later_share_mean"] == pytest.approx(np.mean(shares))
+    assert found["later_share_median"] == pytest.approx(np.median(shares))
+    assert found["later_item_share"] == pytest.approx(np.mean(late))
+    assert look_ahead(split_of([[0, 1, 2]])) is None
+    assert look_ahead(split_of([[0, 1, 2]], [[None, None, None]])) is None
+
+
+def test_a_users_own_training_is_no_look_ahead() -> None:
+    """A user of whom times are missing is in order of position, so that own training may be later than the test."""
+    split = split_of([[0, 1, 2, 3, 4], [5, 1, 2, 3]], [[START + 90.0, None, START, START, START], [START + 90.0] * 4])
+    found = look_ahead(split)
+    assert found is not None
+    # u0: both of u1's two training interactions are later; u1: of u0's two known ones, none is.
+    assert found["later_share_mean"] == pytest.approx((1 + 0) / 2)
+
+
+def test_after_a_temporal_cut_there_is_no_future() -> None:
+    split = split_of([[0, 1, 2, 3]] * 5, [[START, START + 10.0, START + 100.0, START + 200.0]] * 5)
+    found = look_ahead(split)
+    assert found is not None
+    assert found["later_share_mean"] == found["later_item_share"] == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equal_users_are_those_of_the_definition(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    sequences = [generator.integers(0, 2, int(generator.integers(0, 7))).tolist() for _ in range(120)]
+    split = split_of(sequences)
+    earlier: set[tuple[int, ...]] = set()
+    copies = long = 0
+    for own in sequences:
+        if own:
+            copies += tuple(own) in earlier
+            long += len(own) >= 5 and tuple(own) in earlier
+            earlier.add(tuple(own))
+    found = equal_users(split)
+    assert found["users"] == copies > 0
+    assert found["long_users"] == long > 0
+    assert found["long_share"] == pytest.approx(long / sum(len(own) >= 5 for own in sequences))
+    for first, second in found["examples"]:
+        assert first != second
+        assert sequences[int(first[1:])] == sequences[int(second[1:])]
+        assert len(sequences[int(first[1:])]) >= 5 or long < 5
+
+
+def test_sequences_are_compared_and_not_only_their_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmrec.data.leaks._mixed", np.zeros_like)
+    assert equal_users(split_of([[0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [0, 1, 2, 3, 4]]))["users"] == 1
+
+
+def test_the_same_items_in_another_order_are_no_equal_users() -> None:
+    assert equal_users(split_of([[0, 1, 2, 3, 4], [0, 1, 2, 4, 3], [0, 1, 2, 3]]))["users"] == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_unseen_items_and_users_are_those_of_the_definition(seed: int) -> None:
+    split = random_split(seed, users=12, items=30)
+    split.train_ends[3] = split.offsets[3]  # a user without training
+    known = {item for own in split.train for item in own.tolist()}
+    test, valid = set(split.targets("test").tolist()), set(split.targets("valid").tolist())
+    everything = [
+        set(split.rows.tolist()),
+        {int(r) for k, r in enumerate(split.rows) if k not in split.positions["test"]},
+    ]
+    found = unseen(split)
+    assert found["items_only_in_valid_or_test"] == len(everything[0] - known)
+    assert found["items_only_in_test"] == len(everything[0] - everything[1])
+    assert found["test_cases_of_unseen_items"] == sum(item not in known for item in split.targets("test").tolist())
+    empty = {user for user in range(12) if not len(split.train[user])}
+    asked = set(split.case_users("test").tolist()) | set(split.case_users("valid").tolist())
+    assert found["cold_users"] == len(empty & asked)
+    assert found["test_cases_of_cold_users"] == sum(u in empty for u in split.case_users("test").tolist())
+    assert test | valid <= everything[0]
