@@ -59,7 +59,7 @@ def main(arguments: BuildArguments, names: ColumnArguments, splits: SplitArgumen
     from safetensors.numpy import save_file
 
     from llmrec import __version__
-    from llmrec.data import ITEM, Interactions, Items
+    from llmrec.data import ITEM, Items
     from llmrec.embedding import EmbeddingStore, Fusion, cooccurrence_embeddings
     from llmrec.embedding.store import EMBEDDINGS_FILE
     from llmrec.quantization import ResidualKMeans, resolve_collisions
@@ -67,13 +67,12 @@ def main(arguments: BuildArguments, names: ColumnArguments, splits: SplitArgumen
 
     console = Console(stderr=True)
     begun = time.monotonic()
-    columns = names.names()
     store = EmbeddingStore.load(arguments.embeddings)
     if arguments.items:
-        items = Items.read(arguments.items, columns)
+        items = names.read_items(arguments.items)
     else:
         items = Items.from_frame(pl.DataFrame({ITEM: store.item_ids}))
-    interactions = Interactions.read(arguments.interactions, columns) if arguments.interactions else None
+    interactions = names.read_interactions(arguments.interactions) if arguments.interactions else None
     if interactions is not None:
         items = items.with_missing(interactions)
     vectors = store.rows(items.ids)

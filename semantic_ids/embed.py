@@ -47,16 +47,14 @@ class EmbedArguments:
 def main(arguments: EmbedArguments, names: ColumnArguments) -> None:
     from rich.console import Console
 
-    from llmrec.data import Interactions, Items
     from llmrec.embedding import EmbeddingStore, encode_texts, resolve_model, static_embeddings
     from llmrec.embedding.store import text_sha256
 
     console = Console(stderr=True)
     begun = time.monotonic()
-    columns = names.names()
-    items = Items.read(arguments.items, columns)
+    items = names.read_items(arguments.items)
     if arguments.interactions:
-        items = items.with_missing(Interactions.read(arguments.interactions, columns))
+        items = items.with_missing(names.read_interactions(arguments.interactions))
     texts = items.texts()
     model = resolve_model(arguments.model)
     max_tokens = arguments.max_tokens or None

@@ -12,7 +12,7 @@ import llmrec.cli.main
 from llmrec.cli.main import app, main
 from llmrec.exceptions import ArtefactError
 
-COMMANDS = ["quickstart", "serve", "recommend", "push", "stages", "run", "doctor"]
+COMMANDS = ["quickstart", "serve", "recommend", "push", "stages", "run", "doctor", "compare", "baseline"]
 
 
 @pytest.fixture
@@ -110,6 +110,7 @@ def test_quickstart_passes_every_option_on(call, monkeypatch) -> None:
         "timestamp_column": None,
         "position_column": None,
         "title_column": None,
+        "split": "leave-one-out",
         "seed": 0,
         "epochs": None,
         "embedding_model": None,
@@ -119,7 +120,7 @@ def test_quickstart_passes_every_option_on(call, monkeypatch) -> None:
     flags = {
         **{"interactions": "a.csv", "items": "b.jsonl", "out": "o", "user-column": "u", "item-column": "i"},
         **{"timestamp-column": "t", "position-column": "p", "title-column": "n", "seed": "3", "epochs": "2.5"},
-        **{"embedding-model": "m", "port": "81"},
+        **{"embedding-model": "m", "port": "81", "split": "by-sample"},
     }
     assert (
         call("quickstart", *(part for key, value in flags.items() for part in (f"--{key}", value)), "--keep-serving")

@@ -1,21 +1,25 @@
 """Scores an artefact on held-out items: full ranking of the catalog, beside popularity and item-CF on the same split.
 
-    python train/score.py --artefact runs/artefact --interactions interactions.parquet --out runs/result.json
+    python train/score.py --artefact runs/artefact --interactions interactions.parquet --out runs/evaluation.json
 
-Every user's last item is the test item (`--part valid`: the one before it). Items are ranked, not ID strings.
+The split is the one that the artefact was trained on: its test part, or `--part valid`. Items are ranked, not ID
+strings; what would be read if IDs were counted stands beside it. The folder `evaluation/` beside `--out` gets every
+system's places case by case, for `llmrec compare`.
 """
 
 import sys
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from llmrec.data.arguments import ColumnArguments
+from llmrec.data.arguments import ColumnArguments, SplitArguments
 from llmrec.data.columns import ITEM
 from llmrec.exceptions import DataError
 from llmrec.script import parser, run
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from trl import TrlParser
 
 
@@ -30,7 +34,7 @@ class ScoreArguments:
     part: str = field(default="test", metadata={"help": "Held-out item.", "choices": ["test", "valid"]})
     ks: list[int] = field(default_factory=lambda: [5, 10, 20], metadata={"help": "Cut-offs."})
     num_beams: int | None = field(default=None, metadata={"help": "Beams; default: the artefact's."})
-    max_users: int = field(default=0, metadata={"help": "Score only so many users, drawn with the seed; 0: all."})
+    max_users: int = field(default=0, metadata={"help": "Score only so many cases, drawn with the seed; 0: all."})
     any_split: bool = field(
         default=False,
         metadata={
@@ -38,78 +42,137 @@ class ScoreArguments:
         },
     )
     device: str | None = field(default=None, metadata={"help": "Default: a GPU if there is one."})
-    seed: int = field(default=0, metadata={"help": "Of the users that are drawn."})
+    seed: int = field(default=0, metadata={"help": "Of the cases that are drawn, and of the intervals."})
 
 
 def make_parser() -> "TrlParser":
-    return parser((ScoreArguments, ColumnArguments), __doc__)
+    return parser((ScoreArguments, ColumnArguments, SplitArguments), __doc__)
 
 
-def main(arguments: ScoreArguments, names: ColumnArguments) -> None:
+def main(arguments: ScoreArguments, names: ColumnArguments, splits: SplitArguments) -> None:
     import numpy as np
     import polars as pl
     import torch
     import transformers
     from rich.console import Console
-    from rich.table import Table
 
-    import llmrec
-    from llmrec.data.interactions import Interactions
     from llmrec.data.items import Items
-    from llmrec.data.protocols import leave_one_out
     from llmrec.evaluation.baselines import ItemCF, Popularity
-    from llmrec.evaluation.comparison import compare
+    from llmrec.evaluation.evaluation import evaluate
+    from llmrec.evaluation.identifiers import Identifiers
     from llmrec.recommender import Recommender
     from llmrec.storage import write_json
 
     begin = time.monotonic()
     recommender = Recommender.from_pretrained(arguments.artefact, arguments.revision, arguments.device)
+    settings = recommender.settings
+    if asdict(splits) == asdict(SplitArguments()) and settings.protocol:
+        splits = SplitArguments.from_protocol(settings.protocol)
     items = Items.from_frame(pl.DataFrame({ITEM: recommender.catalog.ids}))
-    split = leave_one_out(Interactions.read(arguments.interactions, names.names()), items)
-    if split.content_hash != recommender.settings.split and not arguments.any_split:
+    split = splits.make(names.read_interactions(arguments.interactions), items)
+    if split.content_hash != settings.split and not arguments.any_split:
         raise DataError(
             f"The interactions have the split {split.content_hash[:12]}, the artefact was trained on "
-            f"{recommender.settings.split[:12] or 'an unknown one'}: its training may hold these test items. "
+            f"{settings.split[:12] or 'an unknown one'}: its training may hold these test items. "
             "Score the file that it was trained on, or say --any_split."
         )
-    users = None
-    if arguments.max_users and arguments.max_users < len(split.user_ids):
-        drawn = np.random.default_rng(arguments.seed).permutation(len(split.user_ids))
-        users = np.sort(drawn[: arguments.max_users])
-    popularity = Popularity().fit(split.train, split.num_items)
-    item_cf = ItemCF().fit(split.train, split.num_items)
-    result = compare(
-        {
-            "popularity": popularity.recommend,
-            "item_cf": item_cf.recommend,
-            "llmrec": lambda histories, k: recommender.recommend_rows(
-                [history.tolist() for history in histories], k, num_beams=arguments.num_beams, progress=True
-            )[0],
-        },
-        split,
-        arguments.part,
-        arguments.ks,
-        users,
+    cases = None
+    if arguments.max_users and arguments.max_users < len(split.targets(arguments.part)):
+        drawn = np.random.default_rng(arguments.seed).permutation(len(split.targets(arguments.part)))
+        cases = np.sort(drawn[: arguments.max_users])
+    seeds = {"training": settings.training.get("trainer", {}).get("seed"), "users": arguments.seed}
+    num_beams = max(arguments.num_beams or settings.num_beams, max(arguments.ks))
+    versions = {module.__name__: str(module.__version__) for module in (torch, transformers)}
+    evaluations = []
+    for name, model in (("popularity", Popularity()), ("item_cf", ItemCF())):
+        started = time.perf_counter()
+        model.fit(split.train, split.num_items)
+        cost = {"fit_seconds": round(time.perf_counter() - started, 3), "parameters": model.parameters}
+        facts: dict[str, Any] = {"cost": cost}
+        evaluations.append(
+            evaluate(name, split, arguments.part, recommend=model.recommend, ks=arguments.ks, cases=cases, facts=facts)
+        )
+    lists: list[list[int]] = []
+
+    def recommend(histories: Any, k: int) -> list[list[int]]:
+        rows = [history.tolist() for history in histories]
+        lists[:], _ = recommender.recommend_rows(rows, k, num_beams=arguments.num_beams, progress=True)
+        return lists
+
+    facts = {
+        "seeds": seeds,
+        "cost": settings.training.get("cost", {}) | {"device": str(recommender.model.device)},
+        "settings": {"artefact": arguments.artefact, "num_beams": num_beams},
+        "versions": versions,
+    }
+    evaluations.append(
+        evaluate("llmrec", split, arguments.part, recommend=recommend, ks=arguments.ks, cases=cases, facts=facts)
     )
-    result |= {
+    systems: dict[str, dict[str, Any]] = {}
+    for evaluation in evaluations:
+        document = evaluation.document(seed=arguments.seed)
+        if evaluation.system == "llmrec":
+            # What the search found, read as semantic IDs: what papers print that count IDs.
+            chosen = (np.arange(len(evaluation.counted)) if cases is None else cases)[evaluation.counted]
+            histories = split.histories(arguments.part)
+            levels = Identifiers.from_codes(recommender.catalog.codes).rank_lists(
+                [lists[place] for place in np.flatnonzero(evaluation.counted)],
+                split.targets(arguments.part)[chosen],
+                [histories[case] for case in chosen],
+            )
+            document["id_level"] = levels.document(
+                evaluation.user_places()[evaluation.counted],
+                [(metric, k) for k in arguments.ks for metric in ("HR", "NDCG")],
+                seed=arguments.seed,
+            )
+        evaluation.save(Path(arguments.out).parent, document)
+        systems[evaluation.system] = document
+    result: dict[str, Any] = {
+        "split": split.content_hash,
+        "protocol": dict(split.protocol),
+        "part": arguments.part,
+        "users": systems["llmrec"]["users"],
+        "cases": systems["llmrec"]["cases"],
+        "items": split.num_items,
+        "systems": systems,
+        "invalid_rate": max(document["invalid_rate"] for document in systems.values()),
+        "duplicate_rate": max(document["duplicate_rate"] for document in systems.values()),
         "artefact": arguments.artefact,
         "catalog_version": recommender.catalog.version,
-        "num_beams": max(arguments.num_beams or recommender.settings.num_beams, max(arguments.ks)),
-        "seeds": {"training": recommender.settings.training.get("trainer", {}).get("seed"), "users": arguments.seed},
-        "versions": {m.__name__: str(m.__version__) for m in (llmrec, torch, transformers)},
+        "num_beams": num_beams,
+        "seeds": seeds,
+        "versions": systems["llmrec"]["versions"],
         "seconds": round(time.monotonic() - begin, 1),
     }
     write_json(arguments.out, result)
-    table = Table(
-        "system", *(f"{metric}@{k}" for k in arguments.ks for metric in ("HR", "NDCG")), "invalid", "duplicate"
-    )
-    for name, metrics in result["systems"].items():
-        numbers = [f"{metrics[f'{metric}@{k}']:.4f}" for k in arguments.ks for metric in ("HR", "NDCG")]
-        table.add_row(name, *numbers, f"{metrics['invalid_rate']:.4f}", f"{metrics['duplicate_rate']:.4f}")
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    show(Console(width=None if sys.stdout.isatty() else 140), result, arguments)
+
+
+def show(console: "Console", result: dict[str, Any], arguments: ScoreArguments) -> None:
+    """Metrics, slices and levels as tables."""
+    from rich.table import Table
+
+    systems = result["systems"]
+    names = [f"{metric}@{k}" for k in arguments.ks for metric in ("HR", "NDCG")]
+    table = Table("system", *names, "invalid", "duplicate", "beyond list")
+    for name, document in systems.items():
+        rates = (f"{document[rate]:.4f}" for rate in ("invalid_rate", "duplicate_rate", "beyond_list_share"))
+        table.add_row(name, *(f"{document[metric]:.4f}" for metric in names), *rates)
     console.print(table)
+    k = 10 if 10 in arguments.ks else arguments.ks[0]
+    slices = Table("slice", "cases", *(f"{name} NDCG@{k}" for name in systems))
+    for name, values in systems["llmrec"]["slices"].items():
+        scores = (f"{document['slices'][name][f'NDCG@{k}']:.4f}" for document in systems.values())
+        slices.add_row(name, f"{values['cases']:,}", *scores)
+    console.print(slices)
+    level = systems["llmrec"]["id_level"]
     console.print(
-        f"{result['users']:,} users, {split.num_items:,} items, split {split.content_hash[:12]}: {arguments.out}",
+        f"HR@{k} of llmrec: {level[f'HR@{k}']:.4f} if items are counted, "
+        f"{level[f'HR@{k} (ID level)']:.4f} if semantic IDs are, as some papers do."
+    )
+    console.print(
+        f"{result['cases']:,} cases of {result['users']:,} users, {result['items']:,} items, "
+        f"split {result['split'][:12]}: {arguments.out}",
         markup=False,
     )
 

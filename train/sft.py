@@ -99,7 +99,6 @@ def main(
 
     import llmrec
     from llmrec.catalog import Catalog
-    from llmrec.data.interactions import Interactions
     from llmrec.data.items import Items
     from llmrec.examples import next_item_rows, training_rows
     from llmrec.prompt import Prompt
@@ -117,7 +116,7 @@ def main(
         raise DataError(f"--num_train_epochs is {training.num_train_epochs}. Train for more than none.")
     catalog = Catalog.from_build(data.semantic_ids)
     items = Items.read(Path(data.semantic_ids) / "items.jsonl")
-    split = splits.make(Interactions.read(data.interactions, names.names()), items)
+    split = splits.make(names.read_interactions(data.interactions), items)
     _check_codes(data.semantic_ids, split.content_hash)
     prompt = Prompt.read(data.prompt if data.prompt.endswith(".jinja") else stage_path(f"prompts/{data.prompt}.jinja"))
 
@@ -177,7 +176,7 @@ def main(
         resume = checkpoint_to_resume(training.output_dir, described, fresh=data.fresh)
     if resume is not None:
         logger.info("continuing from %s", resume)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trained = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.accelerator.wait_for_everyone()
     if not trainer.is_world_process_zero():
         return
@@ -192,6 +191,11 @@ def main(
         "backbone": asdict(backbone) | {"backbone": source},
         "trainer": {name: getattr(training, name) for name in _RECORDED},
         "evaluations": log_curve(trainer.state.log_history),
+        "cost": {
+            "fit_seconds": round(trained.metrics["train_runtime"], 1),  # since the last start, if it was resumed
+            "parameters": model.num_parameters(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        },
         "versions": {package.__name__: package.__version__ for package in (llmrec, transformers, datasets)},
     }
     Recommender(model.eval(), tokenizer, catalog, prompt, settings).save_pretrained(data.artefact)
@@ -204,7 +208,7 @@ def _check_codes(folder: str, split: str) -> None:
     if built is not None and built != split:
         raise DataError(
             f"The semantic IDs in {folder} were built on the split {built[:12]}, and this is {split[:12]}: they may "
-            "know its held-out items. Build them again from the same interactions and items, with the same split flags."
+            "know its held-out items. Build them again from the same interactions, items and split flags."
         )
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 import llmrec
+from llmrec.cli import baseline, data
 from llmrec.exceptions import LLMRecError
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 Artefact = Annotated[str, typer.Argument(help="An artefact folder, or its id on the Hub (`user/name`).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of the Hub's repository.")]
+app.add_typer(data.app, name="data")
 
 
 def main() -> None:
@@ -71,6 +73,10 @@ def quickstart(
         str | None, typer.Option(help="The column of places in a user's history, where there are no times.")
     ] = None,
     title_column: Annotated[str | None, typer.Option(help="The items' column of titles.")] = None,
+    split: Annotated[
+        Literal["leave-one-out", "global-temporal", "by-sample", "cold-users"],
+        typer.Option(help="What is held out: last items, a time, the latest samples, or users."),
+    ] = "leave-one-out",
     seed: Annotated[int, typer.Option(min=0, help="The seed of everything random.")] = 0,
     epochs: Annotated[
         float | None, typer.Option(help="Passes over the training rows; by default fitted to the data.")
@@ -99,6 +105,7 @@ def quickstart(
         timestamp_column=timestamp_column,
         position_column=position_column,
         title_column=title_column,
+        split=split,
         seed=seed,
         epochs=epochs,
         embedding_model=embedding_model,
@@ -243,6 +250,32 @@ def doctor(
     from llmrec.cli.doctor import examine
 
     raise typer.Exit(examine(deep=deep, as_json=as_json))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders that hold evaluation/NAME.json and .parquet.")],
+    out: Annotated[Path | None, typer.Option(help="Also write card.md, .json and .html to this folder.")] = None,
+    metrics: Annotated[
+        str, typer.Option(help="Metrics, such as `HR@10,NDCG@10,MRR@10`; default: HR and NDCG at 5 and 10.")
+    ] = "",
+    reference: Annotated[
+        str | None, typer.Option(help="The system to test against; default: the best baseline, or the first.")
+    ] = None,
+    resamples: Annotated[int, typer.Option(min=1, help="Of the bootstrap over users.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
+) -> None:
+    """Compare finished evaluations: intervals, paired tests, slices and cost in one card; refuse unequal splits.
+
+    Example: `llmrec compare runs/mine runs/baselines --out runs/card`
+    """
+    from llmrec.cli.compare import print_card
+
+    chosen = [name.strip() for name in metrics.split(",") if name.strip()]
+    print_card(runs, out=out, metrics=chosen, reference=reference, resamples=resamples, seed=seed)
+
+
+app.command()(baseline.baseline)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def quickstart(
     timestamp_column: str | None,
     position_column: str | None,
     title_column: str | None,
-    split_name: SplitName,
+    split: SplitName,
     seed: int,
     epochs: float | None,
     embedding_model: str | None,
@@ -134,13 +134,13 @@ def quickstart(
     columns = replace(ColumnNames(), **given)
     run.announce("Data")
     log, table = _data(run, interactions, items, columns, seed)
-    split = SplitArguments(split_name).make(log, table)
-    for name, value in split.summary().items():
+    parts = SplitArguments(split).make(log, table)
+    for name, value in parts.summary().items():
         run.console.print(
             f"  {name.replace('_', ' ')}: {value:,}" if isinstance(value, int) else f"  {name}: {value:.4f}"
         )
     data = {"--interactions": str(out / "data/interactions.parquet")}
-    splitting = {"--split": split_name}
+    splitting = {"--split": split}
     table_file = {"--items": str(out / "data/items.parquet")}
 
     run.announce("Item texts to embeddings")
@@ -173,7 +173,7 @@ def quickstart(
 
         run.announce("Recommendations over HTTP")
         server.wait_until_ready()
-        answers = _fetch(server.url, split, table)
+        answers = _fetch(server.url, parts, table)
         evaluation = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
         result = _result(evaluation, answers, set(table.ids), run.seconds())
         write_json(out / "result.json", result)

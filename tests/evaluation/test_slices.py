@@ -22,7 +22,7 @@ def random_split(seed, name="leave-one-out", **columns):
             "item_id": np.minimum(rng.zipf(1.5, rows), 40).astype(str),
             "timestamp": BASE + rng.integers(0, 20 * DAY, rows) // (DAY // 3) * (DAY // 3),
             "domain": rng.choice(["books", "toys"], rows),
-            "action": rng.choice(["view", "buy", None], rows),
+            "action": rng.choice(["view", "buy", ""], rows),
         }
     ).select("user_id", "item_id", "timestamp", *columns)
     items = Items.from_frame(pl.DataFrame({"item_id": [str(n) for n in range(1, 46)]}))
