@@ -95,7 +95,7 @@ def read_machine() -> Machine:
         requirements={name: metadata.requires(name) or [] for name in judged},
         cuda={name: _cuda_build(name) for name in kin},
         gpus=[] if variables.get("CUDA_VISIBLE_DEVICES") in ("", "-1") else _gpus(),
-        available_bytes=_available_bytes(),
+        available_bytes=available_memory(),
         hub=_hub(variables, EMBEDDING_PACKAGE in packages),
         plugins=sorted({entry.name for entry in metadata.entry_points(group="vllm.general_plugins")}),
         variables=variables,
@@ -133,7 +133,7 @@ def _gpus() -> list[str]:
     return [line.strip() for line in result.stdout.splitlines() if line.strip()] if result.returncode == 0 else []
 
 
-def _available_bytes(root: Path = Path("/sys/fs/cgroup")) -> int:
+def available_memory(root: Path = Path("/sys/fs/cgroup")) -> int:
     """The system's available memory, or what is left of the control group's limit where that is less, in bytes."""
     available = int(psutil.virtual_memory().available)
     groups = [

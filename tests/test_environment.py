@@ -311,7 +311,7 @@ def test_control_group_bounds_the_memory(tmp_path: Path, monkeypatch: pytest.Mon
         available = 10 * GIB
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory)
-    available = llmrec.machine._available_bytes
+    available = llmrec.machine.available_memory
     assert available(tmp_path) == 10 * GIB
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text(f"{5 * GIB}\n")

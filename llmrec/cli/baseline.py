@@ -56,6 +56,13 @@ def baseline(
             "best model that is installed.",
         ),
     ] = None,
+    expected_ties: Annotated[
+        bool,
+        typer.Option(
+            "--expected-ties",
+            help="Rank by scores alone: tied items count as the mean over their orders, and the bounds are shown.",
+        ),
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write evaluation/NAME.json and .parquet, for `llmrec compare`.")
@@ -136,6 +143,7 @@ def baseline(
         ks=ks,
         given=param or [],
         embeddings=embeddings,
+        expected_ties=expected_ties,
         json_file=json_file,
         out=out,
         seed=seed,

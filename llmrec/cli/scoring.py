@@ -18,7 +18,7 @@ from llmrec.cli.preparation import Sources
 from llmrec.data.arguments import SplitArguments
 from llmrec.data.items import Items
 from llmrec.data.split import Part
-from llmrec.evaluation.baselines.registry import BASELINES, Baseline, Name, fit_on
+from llmrec.evaluation.baselines.named import BASELINES, Baseline, Name, fit_on
 from llmrec.evaluation.baselines.tuning import tune
 from llmrec.evaluation.evaluation import METRICS, evaluate
 from llmrec.exceptions import DataError
@@ -43,6 +43,7 @@ def score_baseline(
     ks: str,
     given: Sequence[str],
     embeddings: Path | None,
+    expected_ties: bool,
     json_file: Path | None,
     out: Path | None,
     seed: int,
@@ -58,6 +59,7 @@ def score_baseline(
         ks: cut-offs, by commas or spaces.
         given: parameters as `key=value`.
         embeddings: for text-knn, a folder of semantic_ids/embed.py; None embeds the texts.
+        expected_ties: whether tied items count as the mean over their orders, instead of by the baseline's tie rule.
         json_file: for the result's document.
         out: a run folder for the evaluation, case by case.
         seed: of the bootstrap and of the grid's sample.
@@ -76,7 +78,7 @@ def score_baseline(
     interactions = sources.read_interactions()
     items = sources.read_items(interactions)
     split = arguments.make(interactions, items)
-    settings: dict[str, Any] = {"tuned": search is not None}
+    settings: dict[str, Any] = {"tuned": search is not None, "ties": "expected" if expected_ties else "rule"}
     base: dict[str, Any] = {}
     if name == "text-knn":
         base["embeddings"], settings["embeddings"] = _embedded(items, embeddings, notes)
@@ -104,7 +106,8 @@ def score_baseline(
         )
     settings |= {parameter: getattr(model, parameter) for parameter in entry.types()}
     facts |= {"settings": settings, "cost": {**cost, "parameters": model.parameters, "device": "cpu"}}
-    evaluation = evaluate(name, split, part, recommend=model.recommend, ks=cutoffs, facts=facts)
+    ranked: dict[str, Any] = {"scores": model.scores} if expected_ties else {"recommend": model.recommend}
+    evaluation = evaluate(name, split, part, ks=cutoffs, facts=facts, **ranked)
     document = evaluation.document(seed=seed)
     if json_file is not None:
         write_json(json_file, document)
@@ -172,7 +175,10 @@ def _show(console: Console, document: Mapping[str, Any], ks: Sequence[int]) -> N
         slices.add_row(*map(Text, cells))
     console.print(slices)
     cost, settings = document["cost"], document["settings"]
-    chosen = {name: value for name, value in settings.items() if name not in ("tuned", "embeddings")}
+    chosen = {name: value for name, value in settings.items() if name not in ("tuned", "ties", "embeddings")}
+    for k in ks:
+        if bounds := document.get(f"NDCG@{k} ties"):
+            console.print(f"Ties leave NDCG@{k} between {bounds[0]:.4f} and {bounds[1]:.4f}.", highlight=False)
     console.print(
         f"{'Tuned' if settings['tuned'] else 'Not tuned'}: {_spelt(chosen)}. {document['users']:,} users, "
         f"{document['cases']:,} cases, {document['items']:,} items; {cost['fit_seconds']:.1f} s to fit, "

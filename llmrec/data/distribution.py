@@ -5,8 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmrec.data.order import FIRST_REAL_TIME
-from llmrec.data.split import Places, Split
+from llmrec.data.split import FIRST_REAL_TIME, Places, Split
 
 Numbers = npt.NDArray[Any]
 
@@ -124,7 +123,13 @@ def gini(counts: Numbers) -> float:
 
 
 def thirds(counts: Places) -> Places:
-    """(N,) 0, 1, 2 for the most popular items with a third of the interactions, the next third, the rest; 3 for 0."""
+    """(N,) 0 for head, 1 for torso, 2 for tail, 3 for items without an interaction; ties by row.
+
+    The most popular items that hold a third of the interactions are the head, those with the next third the torso.
+
+    >>> thirds(np.array([1, 4, 2, 0, 2])).tolist()
+    [2, 0, 1, 3, 2]
+    """
     order = np.argsort(-counts, kind="stable")
     before = np.cumsum(counts[order]) - counts[order]
     groups = np.empty(len(counts), dtype=np.int64)

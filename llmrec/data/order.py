@@ -11,12 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from llmrec.data.split import Places, Split
+from llmrec.data.split import FIRST_REAL_TIME, Places, Split
 
 Mask = npt.NDArray[np.bool_]
 
 DAY = 86_400
-FIRST_REAL_TIME = 315_532_800  # 1980-01-01: a clock that shows less counts something else than unix seconds
 SHUFFLES = 5
 _RENUMBERINGS = 40
 

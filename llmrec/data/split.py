@@ -14,7 +14,7 @@ Part = Literal["valid", "test"]
 Rows = npt.NDArray[np.int32]
 Places = npt.NDArray[np.int64]
 
-_FIRST_REAL_TIME = 315_532_800  # 1980-01-01 in unix seconds: a clock that shows less counts something else
+FIRST_REAL_TIME = 315_532_800  # 1980-01-01 in unix seconds: a clock that shows less counts something else
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Split:
 
         None without timestamps, or if they are no unix times but an order.
         """
-        if self.timestamps is None or not np.nanmedian(self.timestamps) >= _FIRST_REAL_TIME:
+        if self.timestamps is None or not np.nanmedian(self.timestamps) >= FIRST_REAL_TIME:
             return None
         days = np.floor_divide(self.timestamps, 86_400.0)
         positions = self.positions[part]

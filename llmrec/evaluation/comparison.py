@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmrec.evaluation.baselines.registry import BASELINES
+from llmrec.evaluation.baselines.named import BASELINES
 from llmrec.evaluation.evaluation import METRICS
 from llmrec.evaluation.metrics import Metric
 from llmrec.evaluation.runs import Entry, Run, check_comparable, find_runs, merged

@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from llmrec.data.distribution import thirds
 from llmrec.data.split import Part, Split
 
 Mask = npt.NDArray[np.bool_]
@@ -27,7 +28,7 @@ def slices_of(split: Split, part: Part) -> dict[str, Mask]:
     """
     counted = split.headline(part)
     targets = split.targets(part)
-    groups = popularity_groups(split.train_counts)[targets]
+    groups = thirds(split.train_counts)[targets]
     found = {name: counted & (groups == place) for place, name in enumerate(("head", "torso", "tail"))}
     found["cold"] = split.unseen_items(part)
     found["cold_user"] = split.unseen_users(part)
@@ -46,17 +47,3 @@ def slices_of(split: Split, part: Part) -> dict[str, Mask]:
             for value in sorted(frequent):
                 found[f"{kind}={value}"] = counted & (values == value).fill_null(False).to_numpy()
     return {name: mask for name, mask in found.items() if mask.any()}
-
-
-def popularity_groups(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """(N,) 0 for head, 1 for torso, 2 for tail, 3 for items without a training interaction; see `slices_of`.
-
-    >>> popularity_groups(np.array([1, 4, 2, 0, 2])).tolist()
-    [2, 0, 1, 3, 1]
-    """
-    order = np.argsort(-counts, kind="stable")
-    before = np.cumsum(counts[order]) - counts[order]  # interactions of more popular items
-    groups = np.empty(len(counts), dtype=np.int64)
-    groups[order] = np.minimum(3 * before // max(1, int(counts.sum())), 2)
-    groups[counts == 0] = 3
-    return groups

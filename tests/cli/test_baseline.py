@@ -11,8 +11,8 @@ from llmrec.data.items import Items
 from llmrec.data.protocols import leave_one_out
 from llmrec.embedding import EmbeddingStore, static_embeddings
 from llmrec.evaluation.baselines import EASE, ItemCF, Markov, Popularity, TextKNN
-from llmrec.evaluation.baselines.registry import BASELINES, fit_on
-from llmrec.evaluation.evaluation import Evaluation
+from llmrec.evaluation.baselines.named import BASELINES, fit_on
+from llmrec.evaluation.evaluation import Evaluation, evaluate
 from llmrec.evaluation.metrics import ranking_metrics, ranks_of
 from llmrec.exceptions import DataError
 
@@ -98,8 +98,21 @@ def test_parameters_part_and_cutoffs_are_taken(files, tmp_path, split):
     assert document["part"] == "valid"
     assert "HR@10" not in document
     assert document["settings"] == {
-        "tuned": False, "window": 2, "backward": 0.7, "decay": 0.3, "max_train": 200, "max_history": 20,
+        "tuned": False, "ties": "rule", "window": 2, "backward": 0.7, "decay": 0.3,
+        "max_train": 200, "max_history": 20,
     }  # fmt: skip
+
+
+def test_ties_are_averaged_on_request(files, tmp_path, split):
+    result = call(files, "popularity", "--expected-ties", "--json", tmp_path / "out.json")
+    document = json.loads((tmp_path / "out.json").read_text())
+    model = Popularity().fit(split.train, split.num_items)
+    expected = evaluate("popularity", split, scores=model.scores).document()
+    assert document["NDCG@10"] == expected["NDCG@10"]
+    assert document["settings"]["ties"] == "expected"
+    worst, best = document["NDCG@10 ties"]
+    assert worst < document["NDCG@10"] < best
+    assert f"Ties leave NDCG@10 between {worst:.4f} and {best:.4f}." in result.output
 
 
 def test_recent_popularity_takes_a_share_instead_of_a_half_life(files, tmp_path, split):

@@ -329,6 +329,12 @@ def test_keys_that_no_integer_holds_sort_as_well():
     log = Interactions.from_frame(frame, timestamp_unit="order")
     assert log.histories() == {"b": ["5", "3", "1"], "a": ["2", "4"]}
     assert log.user_ids == ["b", "a"]
+    # Just too much for one integer: users, whose numbers are 0 and 1, times a range of times of 2^62.
+    wide = pl.DataFrame(
+        {"user_id": ["b", "a", "b", "a"], "item_id": [1, 2, 3, 4], "timestamp": [big, big, -big, -big]}
+    )
+    log = Interactions.from_frame(wide, timestamp_unit="order")
+    assert log.frame["item_id"].to_list() == ["3", "1", "4", "2"]
 
 
 def test_real_logs_read_as_they_are(shared_data):

@@ -70,6 +70,17 @@ def test_nanoseconds_are_ordered_where_seconds_are_equal():
     times = checked([base + 2, base + 1])
     assert times.seconds[0] == times.seconds[1]
     assert times.order.to_list() == [base + 2, base + 1]
+    dates = checked(pl.Series([base + 2, base + 1]).cast(pl.Datetime("ns")))
+    assert dates.order.to_list() == [base + 2, base + 1]
+    assert dates.seconds[0] == dates.seconds[1] == pytest.approx(1_700_000_000)
+
+
+@pytest.mark.parametrize("zone", ["+05:30", "+0530", "-03:30", "Z", "z"])
+@pytest.mark.parametrize("text", ["2014-05-13T12:00:00", "2014-05-13 12:00", "2014-05-13T12:00:00.5"])
+def test_zones_of_half_an_hour(zone, text):
+    shift = {"+05:30": -19_800, "+0530": -19_800, "-03:30": 12_600}.get(zone, 0)
+    seconds = checked([text + zone]).seconds[0]
+    assert seconds == 1_399_982_400 + shift + 0.5 * text.endswith(".5")
 
 
 @pytest.mark.parametrize("values", [[0, 1, 2], [5, 20.5, 10], ["3", "1"], [314_000_000], [1, None]])

@@ -24,7 +24,12 @@ def test_ids_of_every_type():
 
 
 @settings(deadline=None)
-@given(st.lists(st.none() | st.floats() | st.integers(-(10**6), 10**6).map(float), min_size=1))
+@given(
+    st.lists(
+        st.none() | st.floats() | st.integers(-(10**6), 10**6).map(float) | st.sampled_from([2.0**53 - 1, 2.0**53]),
+        min_size=1,
+    )
+)
 def test_float_ids_equal_their_definition(values):
     ids, faults = check_ids(pl.Series(values, dtype=pl.Float64), "id", LOG)
     wrong = [any(fault.rows[row] for fault in faults) for row in range(len(values))]

@@ -5,9 +5,10 @@ import polars as pl
 import pytest
 
 from llmrec.data.arguments import SplitArguments
+from llmrec.data.distribution import thirds
 from llmrec.data.interactions import Interactions
 from llmrec.data.items import Items
-from llmrec.evaluation.slices import popularity_groups, slices_of
+from llmrec.evaluation.slices import slices_of
 
 DAY = 86_400
 BASE = 16_000 * DAY
@@ -29,26 +30,13 @@ def random_split(seed, name="leave-one-out", **columns):
     return SplitArguments(name).make(Interactions.from_frame(frame), items)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_popularity_groups_equal_their_definition(seed):
-    rng = np.random.default_rng(seed)
-    counts = rng.integers(0, 9, size=rng.integers(1, 30))
-    expected = [3] * len(counts)
-    before = 0
-    for item in sorted(range(len(counts)), key=lambda item: (-counts[item], item)):
-        if counts[item]:
-            expected[item] = sum(3 * before >= third * counts.sum() for third in (1, 2))
-        before += counts[item]
-    assert popularity_groups(counts).tolist() == expected
-
-
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", ["leave-one-out", "global-temporal"])
 def test_slices_equal_their_definition(seed, name):
     split = random_split(seed, name)
     counts = Counter(row for rows in split.train for row in rows.tolist())
     learnt = {user for user, rows in zip(split.all_users, split.train, strict=True) if len(rows)}
-    groups = popularity_groups(np.array([counts[row] for row in range(split.num_items)]))
+    groups = thirds(np.array([counts[row] for row in range(split.num_items)]))
     found = slices_of(split, "test")
     expected = {}
 

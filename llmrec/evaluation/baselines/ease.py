@@ -136,7 +136,7 @@ class EASE:
 
 
 def _check_memory(size: int) -> None:
-    available = machine._available_bytes()
+    available = machine.available_memory()
     needed = 4 * size * size + _RESERVE
     if needed > available:
         fitting = int(max(0, available - _RESERVE) / 4) ** 0.5

@@ -13,9 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from llmrec.data.split import Split
+from llmrec.evaluation.baselines.named import Baseline, Grid, fit_on
 from llmrec.evaluation.baselines.popularity import Popularity
 from llmrec.evaluation.baselines.ranking import Rows
-from llmrec.evaluation.baselines.registry import Baseline, Grid, fit_on
 from llmrec.evaluation.metrics import Metric, values
 from llmrec.evaluation.ranks import Ranks
 from llmrec.exceptions import DataError
@@ -120,7 +120,7 @@ def tune(
 
     Args:
         make: a configuration's values -> a baseline that is not fitted.
-        grid: see `llmrec.evaluation.baselines.registry.Grid`.
+        grid: see `llmrec.evaluation.baselines.named.Grid`.
         split: with a validation part.
         metric: HR, NDCG or MRR with a cut-off.
         budget: the most configurations that are tried.

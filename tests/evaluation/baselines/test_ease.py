@@ -70,13 +70,13 @@ def test_only_the_most_popular_items_take_part(seed):
 def test_a_matrix_that_does_not_fit_is_refused_with_what_it_needs(monkeypatch):
     train = arrays([np.arange(1000)])
     monkeypatch.setattr("llmrec.evaluation.baselines.ease._RESERVE", 0)
-    monkeypatch.setattr("llmrec.machine._available_bytes", lambda: 4 * 1000**2)
+    monkeypatch.setattr("llmrec.machine.available_memory", lambda: 4 * 1000**2)
     EASE().fit(train, 1000)
-    monkeypatch.setattr("llmrec.machine._available_bytes", lambda: 4 * 400**2)
+    monkeypatch.setattr("llmrec.machine.available_memory", lambda: 4 * 400**2)
     with pytest.raises(DataError, match=r"over 1,000 items needs 0\.0 GiB .*max_items=400 or fewer"):
         EASE().fit(train, 1000)
     EASE(max_items=400).fit(train, 1000)
-    monkeypatch.setattr("llmrec.machine._available_bytes", lambda: 0)
+    monkeypatch.setattr("llmrec.machine.available_memory", lambda: 0)
     with pytest.raises(DataError, match="max_items=1 or fewer"):
         EASE().fit(train, 1000)
 

@@ -11,7 +11,7 @@ from llmrec.data.interactions import Interactions
 from llmrec.data.items import Items
 from llmrec.data.protocols import global_temporal, leave_one_out
 from llmrec.evaluation.baselines import EASE, ItemCF, Markov, Popularity, TextKNN
-from llmrec.evaluation.baselines.registry import BASELINES, fit_on
+from llmrec.evaluation.baselines.named import BASELINES, fit_on
 from llmrec.evaluation.baselines.tuning import configurations, tune
 from llmrec.evaluation.metrics import ranking_metrics, ranks_of
 from llmrec.exceptions import DataError

@@ -1,7 +1,7 @@
 import pytest
 
 from llmrec.evaluation.baselines import EASE
-from llmrec.evaluation.baselines.registry import BASELINES
+from llmrec.evaluation.baselines.named import BASELINES
 from llmrec.exceptions import DataError
 
 
