@@ -1,6 +1,6 @@
 """How fast a catalog-constrained beam search is: in the engine, in transformers, and by the means that both ship with.
 
-    python benchmarks/search.py [--prompts 32] [--beams 20] [--items 2000]
+    python benchmarks/search.py [--prompts 32] [--beams 20] [--items 2000] [--quick] [--json FILE]
 
 Four ways to the same question, on one random Llama of 1.0 M parameters, in one run, on the same prompts:
 
@@ -11,6 +11,9 @@ Four ways to the same question, on one random Llama of 1.0 M parameters, in one 
 
 The first three find the same items; the script checks that they do. Each is run once to warm up and then --repeats
 times; the median counts. beam_search gets fewer prompts, because it is slow; all figures are per prompt.
+
+--quick takes 8 prompts, 2 for generate, and one repeat. It leaves beam_search out, which would need a second start of
+vLLM, about half a minute on two cores; the result's `left_out` says so.
 """
 
 import argparse
@@ -39,13 +42,22 @@ def seconds(run: Callable[[], Any], repeats: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--slow-prompts", type=int, default=4, help="Prompts for generate and beam_search.")
+    parser.add_argument("--prompts", type=int, help="Default 32; 8 with --quick.")
+    parser.add_argument(
+        "--slow-prompts", type=int, help="Prompts for generate and beam_search; default 4, 2 with --quick."
+    )
     parser.add_argument("--beams", type=int, default=20)
     parser.add_argument("--items", type=int, default=2000)
     parser.add_argument("--history", type=int, default=16, help="Items in every history.")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, help="Default 3; 1 with --quick.")
+    from environment import add_flags, environment, report
+
+    add_flags(parser)
     options = parser.parse_args()
+    usual = {"prompts": (32, 8), "slow_prompts": (4, 2), "repeats": (3, 1)}
+    for name, (full, quick) in usual.items():
+        if getattr(options, name) is None:
+            setattr(options, name, quick if options.quick else full)
 
     os.environ |= {
         "VLLM_PLUGINS": "llmrec",
@@ -55,7 +67,6 @@ def main() -> None:
     }
     import numpy as np
     import torch
-    from environment import environment, save
     from factories import random_recommender
 
     from llmrec.beam import TrieTensors
@@ -143,26 +154,36 @@ def main() -> None:
         per_prompt["engine"] = seconds(encode, options.repeats) / len(prompts)
         engine.llm_engine.engine_core.shutdown()
 
-        stock = LLM(**common, max_logprobs=2 * options.beams)
-        beams = BeamSearchParams(beam_width=options.beams, max_tokens=LEVELS, ignore_eos=True)
-        per_prompt["beam_search"] = seconds(
-            lambda: stock.beam_search([TokensPrompt(prompt_token_ids=prompt) for prompt in slow], beams),
-            options.repeats,
-        ) / len(slow)
+        if not options.quick:
+            stock = LLM(**common, max_logprobs=2 * options.beams)
+            beams = BeamSearchParams(beam_width=options.beams, max_tokens=LEVELS, ignore_eos=True)
+            per_prompt["beam_search"] = seconds(
+                lambda: stock.beam_search([TokensPrompt(prompt_token_ids=prompt) for prompt in slow], beams),
+                options.repeats,
+            ) / len(slow)
 
-    result = {
-        "environment": before,
-        "options": vars(options) | {"levels": LEVELS, "parameters": model.num_parameters()},
+    asked = {name: value for name, value in vars(options).items() if name not in ("quick", "json")}
+    result: dict[str, Any] = {
+        "options": asked | {"levels": LEVELS, "parameters": model.num_parameters()},
         "milliseconds_per_prompt": {name: round(1000 * value, 2) for name, value in per_prompt.items()},
         "times_faster_than": {
             rival: {name: round(per_prompt[rival] / per_prompt[name], 1) for name in ("engine", "decode")}
             for rival in ("generate", "beam_search")
+            if rival in per_prompt
         },
         "beams_equal_to_decode": agree,
     }
-    print(save("search", result))
-    for rival, ratios in result["times_faster_than"].items():
-        print(f"{rival}: engine {ratios['engine']} x, decode {ratios['decode']} x faster")
+    if options.quick:
+        result["left_out"] = {"beam_search": "--quick: it needs a second start of vLLM"}
+    ratios = {
+        f"{name} over {rival}": times
+        for rival, faster in result["times_faster_than"].items()
+        for name, times in faster.items()
+    }
+    for path in report("search", result, ratios, before, options):
+        print(path)
+    for rival, faster in result["times_faster_than"].items():
+        print(f"{rival}: engine {faster['engine']} x, decode {faster['decode']} x faster")
 
 
 if __name__ == "__main__":

@@ -110,6 +110,8 @@ def test_quickstart_passes_every_option_on(call, monkeypatch) -> None:
         "timestamp_column": None,
         "position_column": None,
         "title_column": None,
+        "timestamp_unit": "auto",
+        "invalid_rows": "error",
         "split": "leave-one-out",
         "seed": 0,
         "epochs": None,
@@ -121,6 +123,7 @@ def test_quickstart_passes_every_option_on(call, monkeypatch) -> None:
         **{"interactions": "a.csv", "items": "b.jsonl", "out": "o", "user-column": "u", "item-column": "i"},
         **{"timestamp-column": "t", "position-column": "p", "title-column": "n", "seed": "3", "epochs": "2.5"},
         **{"embedding-model": "m", "port": "81", "split": "by-sample"},
+        **{"timestamp-unit": "ms", "invalid-rows": "drop"},
     }
     assert (
         call("quickstart", *(part for key, value in flags.items() for part in (f"--{key}", value)), "--keep-serving")

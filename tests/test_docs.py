@@ -17,7 +17,7 @@ from llmrec.data.columns import _ALIASES, _FLAGS
 from llmrec.engine.http import RecommendedItem, RecommendRequest, RecommendResponse
 from llmrec.engine.launch import server_command
 from llmrec.environment import DEFAULT_KV_CACHE_GIB
-from llmrec.evaluation.comparison import compare
+from llmrec.evaluation.evaluation import evaluate
 from llmrec.stages import stage_files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,10 +51,12 @@ def test_paths_exist(document: str) -> None:
 def flags() -> set[str]:
     """All flags of the command line and, as their fields spell them, of the stages' scripts."""
     found = set(FOREIGN | TRAINER | {"--config", "--help"})
-    for command in typer.main.get_command(app).commands.values():
+    commands = typer.main.get_command(app).commands
+    for command in (*commands.values(), *commands["data"].commands.values()):
         for parameter in command.params:
             found |= {*parameter.opts, *parameter.secondary_opts}
     sources = [ROOT / name for name in stage_files() if name.endswith(".py")]
+    found |= {"--quick", "--json"}  # of every script in benchmarks/
     owners = [ROOT / "llmrec/backbones/causal_lm.py", ROOT / "llmrec/data/arguments.py"]
     for source in [*sources, *owners]:
         for name in re.findall(r"^    (\w+): [^=\n]+ = field\(", source.read_text(encoding="utf-8"), re.MULTILINE):
@@ -124,18 +126,19 @@ def test_the_aliases_of_columns_are_those_of_the_code() -> None:
 
 
 def test_every_key_of_a_result_is_explained() -> None:
-    frame = pl.DataFrame({"user_id": ["u"] * 4 + ["v"] * 3, "item_id": list("abcdabc")})
+    frame = pl.DataFrame({"user_id": ["u"] * 4 + ["v"] * 3, "item_id": list("abcdabc"), "timestamp": range(7)})
     interactions = Interactions.from_frame(frame)
     split = leave_one_out(interactions, Items.from_interactions(interactions))
-    result = compare({"none": lambda histories, k: [np.arange(1) for _ in histories]}, split, ks=(10,))
-    metrics = {re.sub(r"@\d+", "@k", name) for name in result["systems"]["none"]}
-    document = text_of("docs/own_data.md").partition("## `result.json`")[2]
-    assert [name for name in result if f"`{name}`" not in document] == []
-    assert [name for name in metrics if f"`systems.*.{name}`" not in document and f"`{name}`" not in document] == []
-    source = text_of("train/score.py").partition("result |= {")[2].partition("\n    }")[0]
-    added = re.findall(r'^        "(\w+)":', source, re.MULTILINE)
-    assert len(added) >= 5
-    assert [name for name in [*added, "served"] if f"`{name}`" not in document] == []
+    document = evaluate("none", split, scores=lambda h: np.zeros((len(h), 4)), ks=(10,)).document()
+    text = text_of("docs/own_data.md").partition("## `result.json`")[2] + text_of("docs/evaluation.md")
+    source = (ROOT / "train/score.py").read_text(encoding="utf-8")
+    added = re.findall(
+        r'^        "(\w+)":', source.partition('= {\n        "split"')[2].partition("\n    }")[0], re.MULTILINE
+    )
+    assert len(added) >= 10
+    names = {re.sub(r"@\d+", "@k", re.sub(r"^(HR|NDCG|MRR)@10 ", "… ", name)) for name in document}
+    assert [name for name in sorted(names | {*added, "served", "id_level"}) if f"`{name}`" not in text] == []
+    assert [name for name in document["slices"] if not name.startswith("history") and f"`{name}`" not in text] == []
 
 
 def test_every_file_of_an_artefact_is_explained(tmp_path: Path) -> None:

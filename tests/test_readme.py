@@ -2,9 +2,9 @@
 
 A command belongs to one class, and one that belongs to none fails the test:
 
-- run: the README's `llmrec doctor|stages|recommend|push`, `cp` and `python semantic_ids/…` are executed in their
-  order, in a folder with small files of the names that the README uses, an untrained artefact where quickstart leaves
-  its own, and a fake of the Hub on this machine. In the other documents they are parsed.
+- run: the README's `llmrec doctor|stages|recommend|push|data|baseline|compare`, `cp` and `python semantic_ids/…` are
+  executed in their order, in a folder with small files of the names that the README uses, an untrained artefact where
+  quickstart leaves its own, and a fake of the Hub on this machine. In the other documents they are parsed.
 - parse: `llmrec quickstart|serve|run`, `accelerate launch`, `python train/…` and `python serve/…` run for minutes or
   for ever, so their options are parsed by the real parsers, with the recipe that they name; nothing is started.
 - make: the target and the variables exist (`make --dry-run`), and what QUICKSTART_ARGS holds is parsed.
@@ -35,9 +35,9 @@ from llmrec.recommender import Recommender
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("prompts", "semantic_ids", "train", "serve")
-DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("own_data", "serving", "artefact")))
+DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("own_data", "evaluation", "serving", "artefact")))
 READMES = ("prompts/README.md", "semantic_ids/README.md", "train/README.md", "serve/README.md")
-RUN_HERE = {"doctor", "stages", "recommend", "push"}
+RUN_HERE = {"doctor", "stages", "recommend", "push", "data", "baseline", "compare"}
 VLLM_ROUTES = {"/health", "/v1/models"}
 
 
@@ -67,8 +67,10 @@ def is_run(command: str) -> bool:
 
 def parse_llmrec(arguments: list[str]) -> None:
     name, *rest = arguments
-    group = typer.main.get_command(app)
-    context = group.commands[name].make_context(name, rest)
+    command = typer.main.get_command(app).commands[name]
+    if name == "data":
+        command, rest = command.commands[rest[0]], rest[1:]
+    context = command.make_context(name, rest)
     if name == "run":
         parse_script(context.params["stage"], list(context.params["args"] or []))
 
@@ -205,6 +207,9 @@ def test_commands_of_the_readme_run(workspace: Path, fake_hub, tmp_path_factory)
     assert len(Catalog.from_build(workspace / "runs/mine/semantic_ids")) == 100
     assert (workspace / "my_prompt.jinja").read_text() == (ROOT / "prompts/next_item.jinja").read_text()
     assert fake_hub.private == {"user/my-recommender": True}
+    card = (workspace / "runs/mine/card/card.md").read_text()
+    assert all(name in card for name in ("item-cf", "ease"))
+    assert (workspace / "runs/mine/report/report.html").is_file()
     local, from_hub = [text for command, text in printed.items() if command.startswith("llmrec recommend")]
     assert local == from_hub
     assert [line.split()[0] for line in local.splitlines()[1:]] == ["1", "2", "3", "4", "5"]

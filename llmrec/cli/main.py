@@ -12,6 +12,7 @@ import typer
 
 import llmrec
 from llmrec.cli import baseline, data
+from llmrec.cli.options import InvalidRows, SplitName, TimestampUnit
 from llmrec.exceptions import LLMRecError
 
 app = typer.Typer(
@@ -60,7 +61,7 @@ def _root(
 @app.command()
 def quickstart(
     interactions: Annotated[
-        Path | None, typer.Option(help="Own interactions: parquet, csv or jsonl, .gz or not.")
+        Path | None, typer.Option(help="Own interactions: parquet, csv, jsonl, …, a folder, or `hub:user/name`.")
     ] = None,
     items: Annotated[Path | None, typer.Option(help="Own items, with ids and titles, in the same formats.")] = None,
     out: Annotated[Path, typer.Option(help="The folder for every stage's files, result.json and artefact/.")] = Path(
@@ -73,10 +74,9 @@ def quickstart(
         str | None, typer.Option(help="The column of places in a user's history, where there are no times.")
     ] = None,
     title_column: Annotated[str | None, typer.Option(help="The items' column of titles.")] = None,
-    split: Annotated[
-        Literal["leave-one-out", "global-temporal", "by-sample", "cold-users"],
-        typer.Option(help="What is held out: last items, a time, the latest samples, or users."),
-    ] = "leave-one-out",
+    timestamp_unit: TimestampUnit = "auto",
+    invalid_rows: InvalidRows = "error",
+    split: SplitName = "leave-one-out",
     seed: Annotated[int, typer.Option(min=0, help="The seed of everything random.")] = 0,
     epochs: Annotated[
         float | None, typer.Option(help="Passes over the training rows; by default fitted to the data.")
@@ -105,6 +105,8 @@ def quickstart(
         timestamp_column=timestamp_column,
         position_column=position_column,
         title_column=title_column,
+        timestamp_unit=timestamp_unit,
+        invalid_rows=invalid_rows,
         split=split,
         seed=seed,
         epochs=epochs,

@@ -9,7 +9,6 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,12 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from llmrec.data.arguments import SplitArguments, SplitName
-from llmrec.data.columns import ColumnNames
-from llmrec.data.interactions import Interactions
+from llmrec.data.arguments import ColumnArguments, SplitArguments, SplitName
+from llmrec.data.interactions import Interactions, InvalidRows
 from llmrec.data.items import Items
 from llmrec.data.sample import make_sample
 from llmrec.data.split import Split
+from llmrec.data.timestamps import TimestampUnit
 from llmrec.engine.launch import check_port, running_server
 from llmrec.exceptions import DataError, StageError
 from llmrec.guard import run as run_guarded
@@ -102,6 +101,8 @@ def quickstart(
     timestamp_column: str | None,
     position_column: str | None,
     title_column: str | None,
+    timestamp_unit: TimestampUnit,
+    invalid_rows: InvalidRows,
     split: SplitName,
     seed: int,
     epochs: float | None,
@@ -123,15 +124,18 @@ def quickstart(
     port = port or _free_port()
     check_port(port)  # now, not after the training
     run = _Run(out)
-    named = {
-        "user": user_column,
-        "item": item_column,
-        "timestamp": timestamp_column,
-        "position": position_column,
-        "title": title_column,
+    given: dict[str, Any] = {
+        "user_column": user_column,
+        "item_column": item_column,
+        "timestamp_column": timestamp_column,
+        "position_column": position_column,
+        "title_column": title_column,
     }
-    given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
-    columns = replace(ColumnNames(), **given)
+    columns = ColumnArguments(
+        timestamp_unit=timestamp_unit,
+        invalid_rows=invalid_rows,
+        **{name: value for name, value in given.items() if value is not None},
+    )
     run.announce("Data")
     log, table = _data(run, interactions, items, columns, seed)
     parts = SplitArguments(split).make(log, table)
@@ -184,7 +188,7 @@ def quickstart(
 
 
 def _data(
-    run: _Run, interactions: Path | None, items: Path | None, columns: ColumnNames, seed: int
+    run: _Run, interactions: Path | None, items: Path | None, columns: ColumnArguments, seed: int
 ) -> tuple[Interactions, Items]:
     """Reads or makes the data, and writes it under canonical column names."""
     if interactions is None:
@@ -199,8 +203,8 @@ def _data(
         log_frame, item_frame = make_sample(seed=seed)
         log, table = Interactions.from_frame(log_frame), Items.from_frame(item_frame)
     else:
-        log = Interactions.read(interactions, columns)
-        table = Items.read(items, columns) if items is not None else Items.from_interactions(log)
+        log = columns.read_interactions(interactions)
+        table = columns.read_items(items) if items is not None else Items.from_interactions(log)
         table = table.with_missing(log)
         if table.appended:
             run.console.print(

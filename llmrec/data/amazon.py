@@ -58,8 +58,8 @@ def open_ratings_only(path: Path, separator: str) -> Table:
     else:
         names = ["column_1", "column_2"]
         logger.warning(
-            "%s has no header, and its values (%r, %r) do not show which column holds users: say --user_column "
-            "column_1 --item_column column_2, or the reverse",
+            "%s has no header, and its values (%r, %r) do not show which column holds users: say --user-column "
+            "column_1 --item-column column_2, or the reverse",
             *(path, first[0], second[0]),
         )
     if USER in names:

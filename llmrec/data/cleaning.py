@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import polars as pl
+
 from llmrec.data import filters
-from llmrec.data.columns import POSITION, TIMESTAMP
+from llmrec.data.columns import ITEM, POSITION, TIMESTAMP, USER
 from llmrec.data.filters import Cleaned, Duplicates, EmptyTitles, Step, UnknownItems, Unrated, UnusedItems
 from llmrec.data.flaws import Flaws
 from llmrec.data.interactions import Interactions
@@ -119,6 +121,8 @@ def clean(
 
     frame = interactions.frame
     gaps = any(frame[name].null_count() for name in (TIMESTAMP, POSITION) if name in frame.columns)
+    # Ids are compared again and again: as numbers, which are found in one pass, they stay in the processor's cache.
+    interactions = filters.with_frame(interactions, frame.with_columns(pl.col(USER, ITEM).cast(pl.Categorical)))
     if flaws is not None:
         run(filters.tell_entities, flaws)
         run(filters.settle_titles, flaws, empty_titles)
@@ -139,4 +143,6 @@ def clean(
         run(filters.order_again)
     if unused_items == "drop":
         run(filters.drop_unused, flaws or Flaws())
+    named = interactions.frame.with_columns(pl.col(USER, ITEM).cast(pl.String))
+    interactions = filters.with_frame(interactions, named)
     return filters.without_empty_columns(interactions), items, CleaningReport(steps, left_out)

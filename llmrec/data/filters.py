@@ -214,7 +214,7 @@ def order_again(interactions: Interactions, items: Items) -> Cleaned:
     numbered = frame.select(*keys, pl.int_range(pl.len()).alias(ITEM))
     order = Interactions.from_frame(numbered, timestamp_unit="order").frame[ITEM].cast(pl.Int64)
     moved = frame[USER].filter(order != pl.int_range(len(frame), eager=True)).unique(maintain_order=True)
-    again = _with_frame(interactions, frame[order])
+    again = with_frame(interactions, frame[order])
     counts = _counts(interactions, items)
     examples = {"moved_users": moved.head(EXAMPLES).to_list()} if len(moved) else {}
     return again, items, Step("order", {}, counts, counts, {"moved_users": len(moved)}, examples)
@@ -224,7 +224,7 @@ def without_empty_columns(interactions: Interactions) -> Interactions:
     """Without the columns that no longer have a single value, which counts as absent."""
     frame = interactions.frame
     empty = [name for name in frame.columns if frame[name].null_count() == len(frame)]
-    return _with_frame(interactions, frame.drop(empty))
+    return with_frame(interactions, frame.drop(empty))
 
 
 def _kept(
@@ -243,7 +243,7 @@ def _kept(
     examples: dict[str, list[Any]] = {}
     if rows is not None and not rows.all():
         gone = interactions.frame.filter(~rows)
-        interactions = _with_frame(interactions, interactions.frame.filter(rows))
+        interactions = with_frame(interactions, interactions.frame.filter(rows))
         after = _counts(interactions, items)
         examples["interactions"] = gone.head(EXAMPLES).to_dicts()
         for part, column in (("users", USER), ("items", ITEM)):
@@ -258,7 +258,7 @@ def _kept(
     return interactions, items, Step(name, settings, before, after, notes or {}, examples)
 
 
-def _with_frame(interactions: Interactions, frame: pl.DataFrame) -> Interactions:
+def with_frame(interactions: Interactions, frame: pl.DataFrame) -> Interactions:
     """The frame in place of the log's own; what was said about the log's times and reading holds on."""
     timed = TIMESTAMP in frame.columns
     missing, unit = (frame[TIMESTAMP].null_count(), interactions.time_unit) if timed else (0, None)

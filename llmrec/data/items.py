@@ -208,7 +208,7 @@ def _refuse_duplicates(ids: pl.Series, source: Source) -> None:
     raise DataError(
         f"{source}: item {first!r} stands in rows {', '.join(map(str, rows[:5]))}"
         f"{', …' if len(rows) > 5 else ''} ({ids.filter(repeated).n_unique()} item(s) repeat). Keep one row per "
-        "item, or drop the later ones with --invalid_rows drop."
+        "item, or drop the later ones with --invalid-rows drop."
     )
 
 

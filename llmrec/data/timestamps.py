@@ -29,7 +29,7 @@ _YEAR = 31_536_000
 _DAY = 86_400
 _FIRST_REAL = 315_532_800  # 1980-01-01: smaller numbers alone are no clock, but an order
 _FIRST_USUAL = 631_152_000  # 1990-01-01: no log of a shop or a site is older
-_ADVICE = "Write unix seconds or ISO 8601, name the unit with --timestamp_unit, or drop them with --invalid_rows drop."
+_ADVICE = "Write unix seconds or ISO 8601, name the unit with --timestamp-unit, or drop them with --invalid-rows drop."
 _OFFSET = r"(?:[zZ]|[+-]\d{2}:?\d{2})$"
 
 

@@ -39,7 +39,7 @@ def test_ratings_only_whose_order_does_not_show(tmp_path, caplog):
     path.write_text("17,4,5.0,1369699200\n18,4,5.0,1369699201\n")
     with pytest.raises(DataError, match=r"no column 'user_id'; its columns are 'column_1', 'column_2'.*--user-column"):
         Interactions.read(path)
-    assert "--user_column column_1 --item_column column_2, or the reverse" in caplog.text
+    assert "--user-column column_1 --item-column column_2, or the reverse" in caplog.text
     log = Interactions.read(path, ColumnNames(user="column_2", item="column_1"))
     assert log.histories() == {"4": ["17", "18"]}
 

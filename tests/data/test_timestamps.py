@@ -106,7 +106,7 @@ T = 1_400_000_000
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([T, -1, T, -5], r"log\.csv, row 2 of 4: ts is -1, which is negative.*2 such row.*--timestamp_unit.*drop"),
+        ([T, -1, T, -5], r"log\.csv, row 2 of 4: ts is -1, which is negative.*2 such row.*--timestamp-unit.*drop"),
         ([-1, 2], r"row 1 of 2: ts is -1, which is negative"),
         ([T, 0, T], r"row 2 of 3: ts is 0, which is no later than 1970 in s \(1 such"),
         ([T * 1000, T, T * 1000], r"row 2 of 3: .*no later than 1970 in ms, but a time in s: the units are mixed"),
