@@ -84,7 +84,7 @@ def main(arguments: ScoreArguments, names: ColumnArguments, splits: SplitArgumen
     num_beams = max(arguments.num_beams or settings.num_beams, max(arguments.ks))
     versions = {module.__name__: str(module.__version__) for module in (torch, transformers)}
     evaluations = []
-    for name, model in (("popularity", Popularity()), ("item_cf", ItemCF())):
+    for name, model in (("popularity", Popularity()), ("item-cf", ItemCF())):
         started = time.perf_counter()
         model.fit(split.train, split.num_items)
         cost = {"fit_seconds": round(time.perf_counter() - started, 3), "parameters": model.parameters}
@@ -96,13 +96,22 @@ def main(arguments: ScoreArguments, names: ColumnArguments, splits: SplitArgumen
 
     def recommend(histories: Any, k: int) -> list[list[int]]:
         rows = [history.tolist() for history in histories]
-        lists[:], _ = recommender.recommend_rows(rows, k, num_beams=arguments.num_beams, progress=True)
-        return lists
+        # As many items as the search finds anyway: reading them as IDs may need more than k.
+        lists[:], _ = recommender.recommend_rows(rows, num_beams, num_beams=num_beams, progress=True)
+        return [found[:k] for found in lists]
 
+    trained = {
+        name: value for name, value in settings.training.items() if name not in ("evaluations", "cost", "versions")
+    }
     facts = {
         "seeds": seeds,
         "cost": settings.training.get("cost", {}) | {"device": str(recommender.model.device)},
-        "settings": {"artefact": arguments.artefact, "num_beams": num_beams},
+        "settings": {
+            "artefact": arguments.artefact,
+            "revision": arguments.revision,
+            "num_beams": num_beams,
+            "training": trained or {"catalog": recommender.catalog.version},
+        },
         "versions": versions,
     }
     evaluations.append(
@@ -112,21 +121,21 @@ def main(arguments: ScoreArguments, names: ColumnArguments, splits: SplitArgumen
     for evaluation in evaluations:
         document = evaluation.document(seed=arguments.seed)
         if evaluation.system == "llmrec":
-            # What the search found, read as semantic IDs: what papers print that count IDs.
-            chosen = (np.arange(len(evaluation.counted)) if cases is None else cases)[evaluation.counted]
+            counted = np.flatnonzero(evaluation.counted)
+            chosen = np.arange(len(evaluation.counted)) if cases is None else cases
             histories = split.histories(arguments.part)
-            levels = Identifiers.from_codes(recommender.catalog.codes).rank_lists(
-                [lists[place] for place in np.flatnonzero(evaluation.counted)],
-                split.targets(arguments.part)[chosen],
-                [histories[case] for case in chosen],
+            levels = Identifiers.from_codes(quantised_codes(recommender)).rank_lists(
+                [lists[place] for place in counted],
+                split.targets(arguments.part)[chosen[counted]],
+                [histories[case] for case in chosen[counted]],
             )
             document["id_level"] = levels.document(
-                evaluation.user_places()[evaluation.counted],
+                evaluation.user_places()[counted],
                 [(metric, k) for k in arguments.ks for metric in ("HR", "NDCG")],
                 seed=arguments.seed,
             )
         evaluation.save(Path(arguments.out).parent, document)
-        systems[evaluation.system] = document
+        systems[evaluation.system.replace("-", "_")] = document
     result: dict[str, Any] = {
         "split": split.content_hash,
         "protocol": dict(split.protocol),
@@ -148,6 +157,16 @@ def main(arguments: ScoreArguments, names: ColumnArguments, splits: SplitArgumen
     show(Console(width=None if sys.stdout.isatty() else 140), result, arguments)
 
 
+def quantised_codes(recommender: Any) -> Any:
+    """(N, L) the codes as they were quantised: without the level that was appended to tell items apart.
+
+    Codes that were made unique by moving items have no other form: their ID level is the item level.
+    """
+    codes = recommender.catalog.codes
+    appended = recommender.settings.training.get("semantic_ids", {}).get("collisions") == "append"
+    return codes[:, :-1] if appended else codes
+
+
 def show(console: "Console", result: dict[str, Any], arguments: ScoreArguments) -> None:
     """Metrics, slices and levels as tables."""
     from rich.table import Table
@@ -162,16 +181,19 @@ def show(console: "Console", result: dict[str, Any], arguments: ScoreArguments) 
     k = 10 if 10 in arguments.ks else arguments.ks[0]
     slices = Table("slice", "cases", *(f"{name} NDCG@{k}" for name in systems))
     for name, values in systems["llmrec"]["slices"].items():
+        if not values["cases"]:
+            continue
         scores = (f"{document['slices'][name][f'NDCG@{k}']:.4f}" for document in systems.values())
         slices.add_row(name, f"{values['cases']:,}", *scores)
     console.print(slices)
     level = systems["llmrec"]["id_level"]
     console.print(
-        f"HR@{k} of llmrec: {level[f'HR@{k}']:.4f} if items are counted, "
-        f"{level[f'HR@{k} (ID level)']:.4f} if semantic IDs are, as some papers do."
+        f"HR@{k} of llmrec as some papers count it, by the quantiser's IDs: {level[f'HR@{k} (ID level)']:.4f}, which "
+        f"is {level[f'HR@{k} inflation']:+.4f} against items that share an ID in random order."
     )
     console.print(
-        f"{result['cases']:,} cases of {result['users']:,} users, {result['items']:,} items, "
+        f"{result['cases']:,} cases of {result['users']:,} users, {result['items']:,} items"
+        f"{f', {kept:,} cases kept apart' if (kept := systems['llmrec']['cases_kept_apart']) else ''}, "
         f"split {result['split'][:12]}: {arguments.out}",
         markup=False,
     )

@@ -117,7 +117,8 @@ def main(
     catalog = Catalog.from_build(data.semantic_ids)
     items = Items.read(Path(data.semantic_ids) / "items.jsonl")
     split = splits.make(names.read_interactions(data.interactions), items)
-    _check_codes(data.semantic_ids, split.content_hash)
+    built = json.loads((Path(data.semantic_ids) / "semantic_ids.json").read_text(encoding="utf-8"))
+    _check_codes(data.semantic_ids, built.get("split"), split.content_hash)
     prompt = Prompt.read(data.prompt if data.prompt.endswith(".jinja") else stage_path(f"prompts/{data.prompt}.jinja"))
 
     tokenizer, catalog = _tokenizer(backbone, catalog, items.texts())
@@ -188,6 +189,7 @@ def main(
         source = Path(source).name
     settings.training = {
         "data": {name: getattr(data, name) for name in ("prompt", "supervision", "max_history", "num_beams")},
+        "semantic_ids": _described_codes(built),
         "backbone": asdict(backbone) | {"backbone": source},
         "trainer": {name: getattr(training, name) for name in _RECORDED},
         "evaluations": log_curve(trainer.state.log_history),
@@ -202,14 +204,21 @@ def main(
     logger.info("artefact saved to %s", data.artefact)
 
 
-def _check_codes(folder: str, split: str) -> None:
+def _check_codes(folder: str, built: str | None, split: str) -> None:
     """Refuses codes that were built on another split: their co-occurrence may hold this one's held-out items."""
-    built = json.loads((Path(folder) / "semantic_ids.json").read_text(encoding="utf-8")).get("split")
     if built is not None and built != split:
         raise DataError(
             f"The semantic IDs in {folder} were built on the split {built[:12]}, and this is {split[:12]}: they may "
             "know its held-out items. Build them again from the same interactions, items and split flags."
         )
+
+
+def _described_codes(built: dict[str, Any]) -> dict[str, Any]:
+    """What semantic_ids/build.py recorded of its codes, without paths of this machine."""
+    places = ("embeddings", "out", "items", "interactions")
+    arguments = {name: value for name, value in built.get("arguments", {}).items() if name not in places}
+    policy = built.get("collisions", {}).get("policy")
+    return {"quantizer": built.get("quantizer"), "collisions": policy, "arguments": arguments}
 
 
 def _tokenizer(backbone: BackboneArguments, catalog: Any, texts: list[str]) -> tuple[Any, Any]:

@@ -106,6 +106,8 @@ def score_baseline(
         )
     settings |= {parameter: getattr(model, parameter) for parameter in entry.types()}
     facts |= {"settings": settings, "cost": {**cost, "parameters": model.parameters, "device": "cpu"}}
+    if search is not None and part == "valid":
+        notes.print("These are the cases that the parameters were chosen on: the figures are too good.", style="red")
     ranked: dict[str, Any] = {"scores": model.scores} if expected_ties else {"recommend": model.recommend}
     evaluation = evaluate(name, split, part, ks=cutoffs, facts=facts, **ranked)
     document = evaluation.document(seed=seed)
@@ -171,17 +173,20 @@ def _show(console: Console, document: Mapping[str, Any], ks: Sequence[int]) -> N
     for column in ("slice", "cases", "share", *shown):
         slices.add_column(column, justify="left" if column == "slice" else "right")
     for name, found in document["slices"].items():
+        if not found["cases"]:
+            continue
         cells = [name, f"{found['cases']:,}", f"{found['share']:.1%}", *(f"{found[column]:.4f}" for column in shown)]
         slices.add_row(*map(Text, cells))
     console.print(slices)
     cost, settings = document["cost"], document["settings"]
     chosen = {name: value for name, value in settings.items() if name not in ("tuned", "ties", "embeddings")}
+    apart = f" and {kept:,} kept apart" if (kept := document["cases_kept_apart"]) else ""
     for k in ks:
         if bounds := document.get(f"NDCG@{k} ties"):
             console.print(f"Ties leave NDCG@{k} between {bounds[0]:.4f} and {bounds[1]:.4f}.", highlight=False)
     console.print(
         f"{'Tuned' if settings['tuned'] else 'Not tuned'}: {_spelt(chosen)}. {document['users']:,} users, "
-        f"{document['cases']:,} cases, {document['items']:,} items; {cost['fit_seconds']:.1f} s to fit, "
+        f"{document['cases']:,} cases{apart}, {document['items']:,} items; {cost['fit_seconds']:.1f} s to fit, "
         f"{cost['parameters']:,} numbers, {cost['ms_per_request']:.2f} ms a request; split {document['split'][:12]}.",
         markup=False,
         highlight=False,

@@ -263,7 +263,11 @@ def _facts(card: Card) -> CardTable:
         ["cases kept apart", f"{card['cases_kept_apart']:,}"],
         ["items", f"{card['items']:,}"],
         ["candidates", "all items but the history's" if card["exclude_seen"] else "all items"],
-        ["ties", "expected rank"],
+        [
+            "ties",
+            "; ".join(sorted({str(system["ties"]) for system in card["systems"]}))
+            + " (as listed: by the system's own rule; expected: the mean over all orders)",
+        ],
         ["bootstrap", f"{card['resamples']:,} resamples of users, seed {card['seed']}"],
     ]
     return CardTable("What was compared", ["what", "value"], rows, "The same for every system.")

@@ -192,6 +192,7 @@ def _facts(entry: Entry) -> dict[str, Any]:
         "id_level": _id_level(documents),
         "cost": {key: _merged([cost.get(key) for cost in costs]) for key in costs[0]},
         "settings": documents[0].get("settings") or {},
+        "ties": _merged([document.get("ties", "as listed") for document in documents]),
         "versions": _merged_versions(document.get("versions") or {} for document in documents),
         "commits": sorted({str(document["commit"]) for document in documents if document.get("commit")}),
     }
@@ -250,6 +251,13 @@ def _cautions(entries: Sequence[Entry], tests: int, resamples: int) -> list[str]
         notes.append(
             f"One seed: {', '.join(single)}. Intervals and tests are over users and say nothing of how much another "
             "seed would change."
+        )
+    rules = {entry.name: {run.document.get("ties", "as listed") for run in entry.runs} for entry in entries}
+    if len(set.union(*rules.values())) > 1:
+        notes.append(
+            "Tied items are treated in two ways: "
+            + "; ".join(f"{name} {' and '.join(sorted(rule))}" for name, rule in rules.items())
+            + ". Evaluate all by lists, or all with expected ties, where ties are many."
         )
     smallest = 1 / (resamples + 1)
     if tests and tests * smallest >= LEVEL:

@@ -17,8 +17,8 @@ from llmrec import __version__
 from llmrec.data.split import Part, Split
 from llmrec.evaluation.diversity import coverage, gini, novelty
 from llmrec.evaluation.metrics import Metric, TieRule, duplicate_rate, invalid_rate, values
-from llmrec.evaluation.ranks import Lists, Ranks, Score, rank_scores
-from llmrec.evaluation.slices import slices_of
+from llmrec.evaluation.ranks import Lists, Ranks, Rows, Score, rank_scores
+from llmrec.evaluation.slices import ALWAYS, slices_of
 from llmrec.evaluation.uncertainty import bootstrap_means
 from llmrec.exceptions import DataError
 from llmrec.storage import atomic_path, write_json
@@ -65,7 +65,8 @@ class Evaluation:
 
     def user_places(self) -> npt.NDArray[np.int64]:
         """(C,) users numbered in order of first appearance: the cases of one are resampled together."""
-        return pl.Series(self.user_ids).cast(pl.Categorical).to_physical().to_numpy().astype(np.int64)
+        number = {user: place for place, user in enumerate(dict.fromkeys(self.user_ids))}
+        return np.array([number[user] for user in self.user_ids], dtype=np.int64)
 
     def document(self, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
         """The flat JSON document: facts, metrics with 95 % bootstrap intervals over users, slices.
@@ -84,7 +85,7 @@ class Evaluation:
         names, table, users = self.metric_names, self.table(), self.user_places()
         found = bootstrap_means(table[self.counted], users[self.counted], resamples, seed)
         document: dict[str, Any] = {"system": self.system, **self.facts}
-        document["users"] = len(set(self.user_ids))
+        document["users"] = len(np.unique(users[self.counted]))
         document["cases"] = int(self.counted.sum())
         document["cases_kept_apart"] = int((~self.counted).sum())
         document |= {name: float(mean) for name, mean in zip(names, found.mean, strict=True)}
@@ -99,7 +100,10 @@ class Evaluation:
             name: {
                 "cases": int(mask.sum()),
                 "share": float(mask.sum() / len(mask)),
-                **{metric: float(mean) for metric, mean in zip(names, table[mask].mean(axis=0), strict=True)},
+                **{
+                    metric: float(table[mask, place].mean()) if mask.any() else None
+                    for place, metric in enumerate(names)
+                },
             }
             for name, mask in self.slices.items()
         }
@@ -167,8 +171,9 @@ def evaluate(
 ) -> Evaluation:
     """Ranks the target of every case with a system, over the full catalog.
 
-    Items of the history are no candidates, for any system; a target among them is a miss, and `repeated_share` says
-    how many there are. From scores, equal scores are ties; a list has the order that its system gave it.
+    Items of the history are no candidates, for any system: they are taken out of scores and lists, a target among
+    them is a miss, and `repeated_share` says how many such targets there are. From scores, equal scores are ties; a
+    list has the order that its system gave it. All rates are of the headline cases.
 
     Args:
         system: its name.
@@ -178,7 +183,7 @@ def evaluate(
         scores: histories -> (B, N) a score for every item; this or `recommend`. -inf is no candidate.
         ks: cut-offs.
         cases: the places of the cases to rank; default: all.
-        exclude_seen: whether items of the history are no candidates.
+        exclude_seen: whether items of the history are no candidates; if not, `recommend` has to list them itself.
         facts: further facts for the document: seeds, settings, cost.
 
     Raises:
@@ -199,26 +204,36 @@ def evaluate(
     all_histories = split.histories(part)
     histories = [all_histories[case] for case in chosen]
     targets = split.targets(part)[chosen]
+    counted = split.headline(part)[chosen]
+    rated: list[int] = (np.flatnonzero(counted) if counted.any() else np.arange(len(chosen))).tolist()
     begun = time.perf_counter()
     lists: Lists
     if scores is not None:
         ranks, lists = rank_scores(scores, histories, targets, split.num_items, exclude_seen, max(ks))
-        rates = {"invalid_rate": 0.0, "duplicate_rate": 0.0}
-        shown = lists
+        milliseconds = 1000 * (time.perf_counter() - begun) / len(chosen)
+        rates = {"invalid_rate": 0.0, "duplicate_rate": 0.0, "seen_rate": 0.0}
+        shown = lists[rated]
     else:
         assert recommend is not None
         lists = recommend(histories, max(ks))
+        milliseconds = 1000 * (time.perf_counter() - begun) / len(chosen)
+        some = [lists[place] for place in rated]
+        rates = {
+            "invalid_rate": invalid_rate(some, split.num_items),
+            "duplicate_rate": duplicate_rate(some),
+            "seen_rate": _seen_rate(some, [histories[place] for place in rated]),
+        }
+        if exclude_seen:
+            lists = [_unseen(one, history) for one, history in zip(lists, histories, strict=True)]
         ranks = Ranks.from_lists(lists, targets)
-        rates = {"invalid_rate": invalid_rate(lists, split.num_items), "duplicate_rate": duplicate_rate(lists)}
-        shown = _padded(lists, max(ks), split.num_items)
-    milliseconds = 1000 * (time.perf_counter() - begun) / len(chosen)
+        shown = _padded([lists[place] for place in rated], max(ks), split.num_items)
     counts = split.train_counts
     beyond: dict[str, float] = {}
     for k in ks:
         beyond[f"coverage@{k}"] = coverage(shown[:, :k], split.num_items)
         beyond[f"gini@{k}"] = gini(shown[:, :k], split.num_items)
         beyond[f"novelty@{k}"] = novelty(shown[:, :k], counts)
-    repeated = [target in history for target, history in zip(targets, histories, strict=True)]
+    repeated = [targets[place] in histories[place] for place in rated]
     given = dict(facts or {})
     cost = {"fit_seconds": None, "parameters": None, "ms_per_request": round(milliseconds, 4), "device": "cpu"}
     users = split.case_users(part)[chosen]
@@ -227,8 +242,8 @@ def evaluate(
         user_ids=[split.all_users[user] for user in users.tolist()],
         targets=[split.item_ids[row] for row in targets.tolist()],
         ranks=ranks,
-        counted=split.headline(part)[chosen],
-        slices={n: m for n, mask in slices_of(split, part).items() if (m := mask[chosen]).any()},
+        counted=counted,
+        slices={n: m for n, mask in slices_of(split, part).items() if (m := mask[chosen]).any() or n in ALWAYS},
         ks=tuple(ks),
         facts={
             "split": split.content_hash,
@@ -236,6 +251,7 @@ def evaluate(
             "part": part,
             "items": split.num_items,
             "exclude_seen": exclude_seen,
+            "ties": "expected" if scores is not None else "as listed",
             "repeated_share": float(np.mean(repeated)),
             **rates,
             **beyond,
@@ -247,6 +263,19 @@ def evaluate(
             **given,
         },
     )
+
+
+def _unseen(one: Sequence[int] | Rows, history: npt.NDArray[np.int32]) -> Rows:
+    """A list without the items of the history."""
+    rows = np.asarray(one, dtype=np.int64)
+    return rows[~np.isin(rows, history)]
+
+
+def _seen_rate(lists: Lists, histories: Sequence[npt.NDArray[np.int32]]) -> float:
+    """The share of recommended slots that hold an item of the history; 0 if there are no slots."""
+    slots = sum(len(one) for one in lists)
+    left = sum(len(_unseen(one, history)) for one, history in zip(lists, histories, strict=True))
+    return 1 - left / slots if slots else 0.0
 
 
 def _padded(lists: Lists, k: int, num_items: int) -> npt.NDArray[np.int64]:

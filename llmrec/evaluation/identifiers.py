@@ -33,6 +33,7 @@ Rule = Literal["expected", "popularity"]
 Pool = Literal["sum", "max"]
 
 _BATCH = 256  # histories scored at once
+_CASES = 2048  # lists read at once
 
 
 @dataclass(frozen=True)
@@ -129,10 +130,30 @@ class Identifiers:
         Raises:
             DataError: if lengths disagree, a row is not in the catalog, or the counts are missing.
         """
-        wanted, seen = self._checked(targets, histories)
-        flat, owner, _ = flattened(recommended)
+        wanted = np.asarray(targets, dtype=np.int64).reshape(-1)
         if len(recommended) != len(wanted):
             raise DataError(f"{len(recommended)} lists do not fit {len(wanted)} targets. Give one list per target.")
+        if histories is not None and len(histories) != len(wanted):
+            raise DataError(f"{len(histories)} histories do not fit {len(wanted)} targets. Give one per target.")
+        parts = []
+        for start in range(0, max(1, len(wanted)), _CASES):
+            chunk = slice(start, start + _CASES)
+            seen = None if histories is None else histories[chunk]
+            parts.append(self._rank_listed(recommended[chunk], wanted[chunk], seen, rule, counts))
+        columns = [np.concatenate(part) for part in zip(*parts, strict=True)]
+        return Levels(Ranks(columns[0], columns[1]), Ranks(columns[2], columns[3]))
+
+    def _rank_listed(
+        self,
+        recommended: Lists,
+        targets: npt.NDArray[np.int64],
+        histories: Sequence[Rows] | None,
+        rule: Rule,
+        counts: npt.ArrayLike | None,
+    ) -> tuple[npt.NDArray[np.int64], ...]:
+        """Better and tied items, better and tied IDs, (B,) each, of so few cases that their histories fit memory."""
+        wanted, seen = self._checked(targets, histories)
+        flat, owner, _ = flattened(recommended)
         self._check_rows(flat, "A list")
         num_items, num_ids = len(self.groups), len(self.sizes)
         keep = (flat >= 0) & ~np.isin(owner * num_items + flat, seen)
@@ -156,7 +177,7 @@ class Identifiers:
         else:
             place = self._places(counts)
             items[hit] += self._ahead_inside(wanted, place, seen)[hit]
-        return Levels(Ranks(items, ties), Ranks(ids, np.zeros(len(wanted), dtype=np.int64)))
+        return items, ties, ids, np.zeros(len(wanted), dtype=np.int64)
 
     def rank_scores(
         self,

@@ -130,7 +130,7 @@ def ranking_metrics(ranks: npt.ArrayLike, ks: Sequence[int] = (5, 10, 20)) -> di
 
 
 def invalid_rate(lists: Lists, num_items: int) -> float:
-    """The share of recommended slots that hold no row of the catalog's `num_items`; 0 if there are no slots.
+    """The share of recommended slots that hold no row of the catalog's `num_items`, -1 included; 0 without slots.
 
     >>> invalid_rate([[0, 1], [5, -1]], num_items=5)
     0.5
@@ -140,7 +140,9 @@ def invalid_rate(lists: Lists, num_items: int) -> float:
 
 
 def duplicate_rate(lists: Lists) -> float:
-    """The share of recommended slots that repeat an earlier slot of the same list; 0 if there are no slots.
+    """The share of recommended slots that repeat an item of an earlier slot of the same list; 0 if there are no slots.
+
+    A negative value is no item, and so repeats none.
 
     >>> duplicate_rate([[0, 1, 0, 0], [0, 1, 2, 3]])
     0.25
@@ -148,7 +150,9 @@ def duplicate_rate(lists: Lists) -> float:
     flat, owner, _ = flattened(lists)
     if not len(flat):
         return 0.0
-    return 1.0 - len(np.unique(np.stack([owner, flat]), axis=1).T) / len(flat)
+    named = flat >= 0
+    distinct = np.unique(np.stack([owner[named], flat[named]]), axis=1).shape[1]
+    return float(named.sum() - distinct) / len(flat)
 
 
 def _hits(ranks: npt.ArrayLike, k: int) -> npt.NDArray[np.bool_]:

@@ -14,7 +14,9 @@ from llmrec.evaluation.metrics import Metric, values
 from llmrec.exceptions import DataError
 
 # What may differ between two runs of one system besides the seed: where its files lie.
-_PLACES = ("artefact", "out", "output_dir", "revision", "device")
+_PLACES = ("artefact", "out", "output_dir", "device")
+# Seeds of the evaluation, not of the model: another one makes no second model.
+_OTHER_SEEDS = ("bootstrap", "users", "tuning")
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,9 @@ class Run:
 
     @property
     def seeds(self) -> str:
-        """The seeds as one string; empty if the document names none."""
-        known = self.document.get("seeds")
+        """The seeds of the model as one string; empty if the document names none."""
+        named = self.document.get("seeds") or {}
+        known = {name: seed for name, seed in named.items() if name not in _OTHER_SEEDS and seed is not None}
         return json.dumps(known, sort_keys=True) if known else ""
 
     def same_ranks(self, other: "Run") -> bool:

@@ -9,12 +9,13 @@ from llmrec.data.split import Part, Split
 
 Mask = npt.NDArray[np.bool_]
 
+ALWAYS = ("head", "torso", "tail", "cold", "later_day")  # shown where they can be told, even if no case is in them
 _LENGTHS = (0, 1, 5, 10, 20, 50)  # the least history of each slice
 _MOST_VALUES = 20  # domains or actions that get a slice of their own, the most frequent first
 
 
 def slices_of(split: Split, part: Part) -> dict[str, Mask]:
-    """The named slices of a part's cases, each a mask (C,); only those that hold a case.
+    """The named slices of a part's cases, each a mask (C,); those that hold a case, and `ALWAYS`.
 
     * `head`, `torso`, `tail`: the target by its training popularity (ties by row). The most popular items that hold a
       third of the training interactions are the head, those that hold the next third the torso, the rest the tail.
@@ -46,4 +47,4 @@ def slices_of(split: Split, part: Part) -> dict[str, Mask]:
             frequent = values.drop_nulls().value_counts(sort=True)[values.name].head(_MOST_VALUES).to_list()
             for value in sorted(frequent):
                 found[f"{kind}={value}"] = counted & (values == value).fill_null(False).to_numpy()
-    return {name: mask for name, mask in found.items() if mask.any()}
+    return {name: mask for name, mask in found.items() if mask.any() or name in ALWAYS}

@@ -214,6 +214,36 @@ def test_other_settings_and_indistinct_seeds_are_no_seeds_of_one_system(tmp_path
     assert any("not every one names a seed of its own" in note for note in card["notes"])
 
 
+def test_seeds_of_the_evaluation_make_no_second_model(tmp_path: Path) -> None:
+    for seed in range(2):
+        save_run(tmp_path / f"s{seed}", "ours", seed, seeds={"training": 0, "users": seed, "bootstrap": seed})
+    card = compare([tmp_path / "s0", tmp_path / "s1"], resamples=20)
+    assert len(card["systems"]) == 2
+    assert all(system["metrics"]["NDCG@10"]["sd_over_seeds"] is None for system in card["systems"])
+
+
+def test_models_of_other_training_or_revision_are_no_seeds_of_one(tmp_path: Path) -> None:
+    one = {"training": {"backbone": {"hidden_size": 64}, "trainer": {"seed": 0}}, "revision": None}
+    other = {"training": {"backbone": {"hidden_size": 128}, "trainer": {"seed": 1}}, "revision": None}
+    same = {"training": {"backbone": {"hidden_size": 64}, "trainer": {"seed": 1}}, "revision": None}
+    for settings, rows in ((other, 2), (same, 1), (same | {"revision": "v2"}, 2)):
+        save_run(tmp_path / "a", "ours", 1, seeds={"training": 0}, settings=one)
+        save_run(tmp_path / "b", "ours", 2, seeds={"training": 1}, settings=settings)
+        assert len(compare([tmp_path / "a", tmp_path / "b"], resamples=20)["systems"]) == rows
+
+
+def test_two_ways_with_ties_are_said(tmp_path: Path) -> None:
+    save_run(tmp_path / "a", "ours", 1)
+    save_run(tmp_path / "b", "item-cf", 2)
+    edit(tmp_path / "b", "item-cf", ties="as listed")
+    edit(tmp_path / "a", "ours", ties="expected")
+    notes = compare([tmp_path / "a", tmp_path / "b"], resamples=20)["notes"]
+    assert any(note.startswith("Tied items are treated in two ways: ") for note in notes)
+    edit(tmp_path / "a", "ours", ties="as listed")
+    notes = compare([tmp_path / "a", tmp_path / "b"], resamples=20)["notes"]
+    assert not any(note.startswith("Tied items") for note in notes)
+
+
 def test_the_same_evaluation_found_twice_is_shown_once(tmp_path: Path) -> None:
     save_run(tmp_path / "a", "item-cf", 1, seeds={"users": 0})
     save_run(tmp_path / "b", "item-cf", 1, seeds={"users": 1})

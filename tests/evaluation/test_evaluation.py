@@ -78,15 +78,19 @@ def test_scores_equal_their_definition(split):
         assert low <= document[name] <= high
         assert worst < document[name] < best
         for slice_name, mask in evaluation.slices.items():
-            assert document["slices"][slice_name][name] == pytest.approx(expected[mask, place].mean(), abs=1e-12)
+            found = document["slices"][slice_name][name]
+            assert found is None if not mask.any() else found == pytest.approx(expected[mask, place].mean(), abs=1e-12)
     assert document["cases"] == counted.sum()
     assert document["cases"] + document["cases_kept_apart"] == len(split.targets("test"))
-    assert document["users"] == len(set(split.users("test")))
+    users = split.users("test")
+    assert document["users"] == len({users[case] for case in np.flatnonzero(counted)})
+    assert {"head", "torso", "tail", "cold", "later_day"} <= set(document["slices"])
     assert document["split"] == split.content_hash
     assert document["protocol"] == split.protocol
     histories = split.histories("test")
-    repeated = [t in h for t, h in zip(split.targets("test"), histories, strict=True)]
-    assert document["repeated_share"] == pytest.approx(np.mean(repeated))
+    repeated = np.array([t in h for t, h in zip(split.targets("test"), histories, strict=True)])
+    assert document["repeated_share"] == pytest.approx(repeated[counted].mean())
+    assert document["ties"] == "expected"
     json.dumps(document, allow_nan=False)
 
 
@@ -103,7 +107,9 @@ def test_lists_have_the_order_that_they_have(split):
     hits = [place is not None and place < 3 for place in places]
     assert document["HR@3"] == pytest.approx(np.mean(np.array(hits)[counted]))
     assert document["beyond_list_share"] == pytest.approx(np.mean(np.array([p is None for p in places])[counted]))
-    assert document["coverage@5"] == len({row for one in lists for row in one}) / split.num_items
+    shown = [one for one, counts in zip(lists, counted, strict=True) if counts]
+    assert document["coverage@5"] == len({row for one in shown for row in one}) / split.num_items
+    assert (document["ties"], document["seen_rate"]) == ("as listed", 0)
     assert document["invalid_rate"] == document["duplicate_rate"] == 0
     assert not any(name.endswith(" ties") for name in document)
 
@@ -118,9 +124,39 @@ def test_faults_of_a_list_are_counted():
     interactions = Interactions.from_frame(pl.DataFrame({"user_id": ["a"] * 4, "item_id": list("wxyz")}))
     split = SplitArguments().make(interactions, Items.from_interactions(interactions))
     document = evaluate("odd", split, recommend=lambda h, k: [[9, 3, 3, -1]], ks=(4,)).document()
-    assert (document["invalid_rate"], document["duplicate_rate"]) == (0.5, 0.25)
+    assert (document["invalid_rate"], document["duplicate_rate"], document["seen_rate"]) == (0.5, 0.25, 0)
     assert document["HR@4"] == 1
     assert document["NDCG@4"] == pytest.approx(1 / math.log2(3))
+
+
+def test_items_of_the_history_are_no_candidates_in_a_list_either(split):
+    """A system that names the target even where the user had it, and what the user had before it."""
+    targets, histories = split.targets("test"), split.histories("test")
+    lists = [[*history[:1].tolist(), int(target)] for target, history in zip(targets, histories, strict=True)]
+    document = evaluate("cheat", split, recommend=lambda h, k: lists, ks=(1,)).document()
+    counted = split.headline("test")
+    repeated = np.array([t in h for t, h in zip(targets, histories, strict=True)])
+    assert 0 < repeated[counted].mean() < 1
+    assert document["HR@1"] == pytest.approx(1 - repeated[counted].mean())
+    slots = sum(len(one) for one, counts in zip(lists, counted, strict=True) if counts)
+    seen = [row in history for one, history in zip(lists, histories, strict=True) for row in one]
+    owner = np.repeat(counted, [len(one) for one in lists])
+    assert document["seen_rate"] == pytest.approx(np.array(seen)[owner].sum() / slots)
+    allowed = evaluate("cheat", split, recommend=lambda h, k: lists, ks=(1,), exclude_seen=False).document()
+    assert allowed["HR@1"] == pytest.approx(
+        np.mean([one[0] == t for one, t, c in zip(lists, targets, counted, strict=True) if c])
+    )
+
+
+def test_intervals_do_not_depend_on_what_ran_before(split):
+    evaluation = evaluate("coarse", split, scores=coarse_scores(split.num_items), ks=(5,))
+    before = evaluation.document()
+    kept = pl.Series(evaluation.user_ids[::-1]).cast(pl.Categorical)
+    again = evaluate("coarse", split, scores=coarse_scores(split.num_items), ks=(5,)).document()
+    assert len(kept)
+    assert {**again, "cost": None} == {**before, "cost": None}
+    first = list(dict.fromkeys(evaluation.user_ids))
+    assert [first[place] for place in evaluation.user_places()] == evaluation.user_ids
 
 
 def test_a_choice_of_cases(split):

@@ -38,7 +38,7 @@ def test_slices_equal_their_definition(seed, name):
     learnt = {user for user, rows in zip(split.all_users, split.train, strict=True) if len(rows)}
     groups = thirds(np.array([counts[row] for row in range(split.num_items)]))
     found = slices_of(split, "test")
-    expected = {}
+    expected = {name: [] for name in ("head", "torso", "tail", "cold", "later_day")}
 
     def add(slice_name, case):
         expected.setdefault(slice_name, []).append(case)
@@ -79,4 +79,6 @@ def test_domains_and_actions_have_slices_of_their_own():
 def test_without_times_there_is_no_later_day():
     interactions = Interactions.from_frame(pl.DataFrame({"user_id": ["a"] * 4, "item_id": list("wxyz")}))
     split = SplitArguments().make(interactions, Items.from_interactions(interactions))
-    assert set(slices_of(split, "test")) == {"cold", "history_1_4"}
+    found = slices_of(split, "test")
+    assert {name for name, mask in found.items() if mask.any()} == {"cold", "history_1_4"}
+    assert set(found) == {"head", "torso", "tail", "cold", "history_1_4"}

@@ -6,10 +6,8 @@ from typing import Any, Self
 import numpy as np
 from scipy import sparse
 
-from llmrec.evaluation.baselines.ranking import Places, Rows, Scores, counted, filled, flattened, recent
+from llmrec.evaluation.baselines.ranking import Places, Rows, Scores, batch_size, counted, filled, flattened, recent
 from llmrec.exceptions import DataError
-
-_BATCH = 1024  # users scored at once
 
 
 class ItemCF:
@@ -92,8 +90,9 @@ class ItemCF:
         seen = np.zeros(num_items, dtype=bool)
         nothing = np.empty(0, dtype=np.int64)
         recommended = []
-        for start in range(0, len(histories), _BATCH):
-            batch = histories[start : start + _BATCH]
+        size = batch_size(num_items)
+        for start in range(0, len(histories), size):
+            batch = histories[start : start + size]
             scores = self._sparse_scores(batch)
             for user, history in enumerate(batch):
                 run = slice(scores.indptr[user], scores.indptr[user + 1])
@@ -103,6 +102,10 @@ class ItemCF:
                 candidate = ~seen[rows] & (values > 0)
                 seen[excluded] = False
                 rows, values = rows[candidate], values[candidate]
+                if 0 < k < len(values):
+                    # All that tie with the k-th are kept until popularity has decided among them.
+                    close = values >= np.partition(values, len(values) - k)[len(values) - k]
+                    rows, values = rows[close], values[close]
                 best = np.lexsort((place[rows], -values))[:k]
                 recommended.append(filled(rows[best], self.order, excluded, k))
         return recommended

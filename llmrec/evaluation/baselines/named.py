@@ -1,6 +1,7 @@
 """The baselines by name: what makes each, and the values that are tried when it is tuned."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
@@ -80,6 +81,8 @@ class Entry:
                 values[name] = types[name](value)
             except ValueError as error:
                 raise DataError(f"{text!r}: {value!r} is no {types[name].__name__}. Give a number.") from error
+            if not math.isfinite(values[name]):
+                raise DataError(f"{text!r}: {value!r} is no finite number. Give a number that is.")
         return values
 
     def narrowed(self, given: Mapping[str, Any]) -> Grid:

@@ -58,6 +58,11 @@ def filled(rows: Rows, order: Places, excluded: Rows, k: int) -> Places:
     return complete.astype(np.int64)
 
 
+def batch_size(num_items: int) -> int:
+    """Histories scored at once: their scores take 128 MiB at most, if they are dense."""
+    return max(1, min(_USERS, _CELLS // max(1, num_items)))
+
+
 def best(
     score: Callable[[Sequence[Rows]], Scores],
     histories: Sequence[Rows],
@@ -78,9 +83,9 @@ def best(
     """
     recommended: list[Places] = []
     seen = np.zeros(len(order), dtype=bool)
-    batch = max(1, min(_USERS, _CELLS // max(1, len(order))))
-    for start in range(0, len(histories), batch):
-        chosen = histories[start : start + batch]
+    size = batch_size(len(order))
+    for start in range(0, len(histories), size):
+        chosen = histories[start : start + size]
         # Columns in the order that decides ties, so that a lower column wins one.
         for history, row in zip(chosen, score(chosen), strict=True):
             values = row[order]

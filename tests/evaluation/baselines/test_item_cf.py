@@ -89,7 +89,7 @@ def test_batches_do_not_matter(monkeypatch):
     num_items, train, histories = random_case(5)
     model = ItemCF().fit(arrays(train), num_items)
     whole = model.recommend(arrays(histories), 5)
-    monkeypatch.setattr("llmrec.evaluation.baselines.item_cf._BATCH", 3)
+    monkeypatch.setattr("llmrec.evaluation.baselines.ranking._CELLS", 3 * num_items)
     assert [rows.tolist() for rows in model.recommend(arrays(histories), 5)] == [rows.tolist() for rows in whole]
 
 

@@ -45,3 +45,9 @@ def test_given_parameters_leave_the_rest_of_the_grid():
         ["decay", "order", "smoothing"]
     ]
     assert [len(part) for part in BASELINES["markov"].narrowed({"order": 2})] == [0, 3]
+
+
+@pytest.mark.parametrize(("name", "text"), [("item-cf", "backward=nan"), ("popularity-recent", "half_life_days=inf")])
+def test_numbers_that_are_not_finite_are_refused(name, text):
+    with pytest.raises(DataError, match=f"'{text}': .* is no finite number"):
+        BASELINES[name].parsed([text])
