@@ -26,7 +26,8 @@ Level = Literal["ok", "note", "warning"]
 _LEVELS = {"ok": "Fine", "note": "Note", "warning": "Warning"}
 # Characters that XML forbids, and halves of surrogate pairs, which UTF-8 cannot spell.
 _UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-_NUMBER = re.compile(r"^[-+−]?[\d.,’ \u202f]*\d[\d.,’]*\s*(%|[±(\[].*)?$")
+# No two neighbouring parts can match the same character, so that a cell of any length is looked at once.
+_NUMBER = re.compile(r"^[-+−]?(?:[.,’ \u202f]*\d)+[.,’]*\s*(%|[±(\[].*)?$")
 _FONT = re.compile(r"^(?P<size>.*?[\d.]+px)\s.*$")
 _INK, _PAPER = "#000000", "#ffffff"  # what matplotlib draws axes and legends with
 # What matplotlib's SVG consists of; anything else is dropped.

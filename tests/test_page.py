@@ -2,10 +2,13 @@
 
 import html
 import re
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
@@ -202,6 +205,25 @@ def test_columns_of_numbers_are_flush_right() -> None:
     assert '<td class="number">−1,024</td>' in text
     assert "<caption>two systems</caption>" in text
     assert "<td>easé</td>" in html.unescape(text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text("12.,’ \u202f-+%±([x\n", max_size=9))
+def test_numbers_are_those_of_the_plain_pattern(cell: str) -> None:
+    plain = re.compile(r"^[-+−]?[\d.,’ \u202f]*\d[\d.,’]*\s*(%|[±(\[].*)?$")
+    page = Page("cells")
+    page.table(["name"], [[cell]])
+    assert ('<td class="number"' in page.render()) == bool(cell and plain.match(cell))
+
+
+@pytest.mark.parametrize(
+    "cell", ["1" * 200_000 + "x", "1." * 100_000 + "x", " " * 200_000 + "x", "1 " * 100_000 + "x"]
+)
+def test_long_cells_take_no_long_time(cell: str) -> None:
+    page = Page("cells")
+    start = time.process_time()
+    page.table(["name"], [[cell]])
+    assert time.process_time() - start < 1
 
 
 def test_a_table_without_caption_or_rows() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmrec.data.split import FIRST_REAL_TIME, Places, Split
+from llmrec.data.split import Places, Split
 
 Numbers = npt.NDArray[Any]
 
@@ -63,15 +63,17 @@ def times(split: Split) -> dict[str, Any] | None:
     Returns:
         JSON-ready: first, last, median (in the log's unit), unix (whether they are unix seconds), span_days (None if
         not unix), edges and interactions (a histogram of equal bins), gaps: between a user's neighbours quantiles (of
-        those known), and share by size (None if not unix).
+        those known and not below 0), and share by size (None if not unix); backward_gaps: how many are below 0, which
+        only users have who are in an order of their own, because times are missing.
     """
     if split.timestamps is None or not np.isfinite(split.timestamps).any():
         return None
     known = split.timestamps[np.isfinite(split.timestamps)]
-    unix = bool(np.median(known) >= FIRST_REAL_TIME)
+    unix = bool(split.clock)
     bins, edges = np.histogram(known, bins=min(_CURVE, max(1, len(np.unique(known)))))
     gaps = np.diff(split.timestamps)[np.diff(split.owner) == 0]
-    gaps = gaps[np.isfinite(gaps)]
+    backward = int((gaps < 0).sum())
+    gaps = gaps[gaps >= 0]
     shares = np.bincount(np.searchsorted(list(_GAPS.values()), gaps), minlength=len(_GAPS)) / max(1, len(gaps))
     return {
         "first": float(known.min()),
@@ -81,6 +83,7 @@ def times(split: Split) -> dict[str, Any] | None:
         "span_days": float(np.ptp(known)) / 86_400 if unix else None,
         "edges": edges.tolist(),
         "interactions": bins.tolist(),
+        "backward_gaps": backward,
         "gap_quantiles": quantiles(gaps),
         "gap_shares": dict(zip(_GAPS, shares.tolist(), strict=True)) if unix else None,
     }

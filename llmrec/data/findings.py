@@ -7,6 +7,30 @@ Finding = dict[str, Any]
 
 _SURE = 1e-3  # a probability below which chance is no explanation
 _FAR = 5.0  # standard deviations, likewise
+_MANY = 0.01  # a share of copies beyond which they are no slips
+_FINE = "Nothing needs to be done."
+_FIXED = {
+    "fixed_order": ("fixed order inside ties", "at the same time"),
+    "fixed_order_day": ("fixed order inside days", "one after the other on the same day at different times"),
+    "fixed_order_untimed": ("fixed order without times", "one after the other in sequences without a clock"),
+}
+_FIXED_ADVICE = {
+    ("fixed_order", "ok"): _FINE,
+    ("fixed_order", "note"): "Inside ties the order is partly one that a page or a file made, and a model can learn "
+    "it; report the users whose test item has a later time apart.",
+    ("fixed_order", "warning"): "Inside ties a fixed order stands, a store's or a file's and not the users', even if "
+    "ids hide it: shuffle inside ties, or evaluate only the users whose test item has a later time.",
+    ("fixed_order_day", "ok"): _FINE,
+    ("fixed_order_day", "note"): "Inside a day the order is partly fixed, by a page, a file or what the items are "
+    "(parts of a series); report the users whose test item is on a later day apart.",
+    ("fixed_order_day", "warning"): "Inside a day a fixed order stands, a store's or a file's and not the users', "
+    "even if ids hide it, unless items must be taken in turn: evaluate only the users whose test item is on a later "
+    "day.",
+    ("fixed_order_untimed", "ok"): _FINE,
+    ("fixed_order_untimed", "note"): "Without times this cannot be told from what users do (parts of a series, what "
+    "is popular first), but a file that is sorted by something hidden looks like it: find out how it was sorted, and "
+    "give times.",
+}
 
 
 def findings(report: dict[str, Any]) -> list[Finding]:
@@ -16,11 +40,20 @@ def findings(report: dict[str, Any]) -> list[Finding]:
         One {"check", "level": "ok" | "note" | "warning", "sentence", "value"} per check that applies; `value` is the
         figure that the level was decided by.
     """
-    found = [_overlap("test", report["overlap"]["test"]), _overlap("validation", report["overlap"]["valid"])]
+    found = []
+    for name, part in (("test", "test"), ("validation", "valid")):
+        found += [overlap := _overlap(name, report["overlap"][part])]
+        found += [_history(name, report["history"][part], overlap["level"] == "warning")]
     if report["seen"] is not None:
         found += [_seen("test", report["seen"]["test"]), _seen("validation", report["seen"]["valid"])]
     found += [*_ties(report), *_orders(report), *_future(report)]
-    found += [_copies(report["repeats"]), _equal_users(report["equal_users"]), *_unseen(report), _text(report["text"])]
+    found += [
+        _copies(report["repeats"], report["counts"]),
+        _doubled(report["repeats"]),
+        _equal_users(report["equal_users"]),
+        *_unseen(report),
+    ]
+    found += [_text(report["text"])]
     order = {"warning": 0, "note": 1, "ok": 2}
     return sorted(found, key=lambda finding: order[finding["level"]])
 
@@ -38,6 +71,14 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %" if share >= 0.01 else f"{100 * share:.2g} %"
 
 
+def _unusual(section: dict[str, Any]) -> bool:
+    """Whether there are more targets than chance explains, and 1.5 times as many, or as few others, as usual."""
+    share, usual = section["share"], section["expected_share"]
+    if section["p_value"] is None or section["p_value"] >= _SURE:
+        return False
+    return bool(share > 1.5 * usual or 1 - share < (1 - usual) / 1.5)
+
+
 def _overlap(name: str, section: dict[str, Any]) -> Finding:
     check, count, usual = f"{name} items in training", section["in_training"], section["expected_share"]
     if not count:
@@ -45,8 +86,7 @@ def _overlap(name: str, section: dict[str, Any]) -> Finding:
             check, "ok", f"No {name} item occurs in its own user's training sequence. Nothing needs to be done.", 0
         )
     such = _such(section["examples"])
-    unusual = section["p_value"] < _SURE and section["share"] > 1.5 * usual
-    if unusual:
+    if _unusual(section):
         return _finding(
             check,
             "warning",
@@ -63,6 +103,25 @@ def _overlap(name: str, section: dict[str, Any]) -> Finding:
         "recommend items of the history again, and report them apart.",
         count,
     )
+
+
+def _history(name: str, section: dict[str, Any], told: bool) -> Finding:
+    """On copies of targets behind the end of training; what a finding on training tells is not told again."""
+    check, anywhere, before = f"{name} items in the history", section["in_history"], section["just_before"]
+    found = (
+        f"{anywhere['targets']:,} of {section['cases']:,} {name} items ({_percent(anywhere['share'])}) occur in the "
+        f"history before them (usual: {_percent(anywhere['expected_share'])}), and {before['targets']:,} "
+        f"({_percent(before['share'])}) repeat the item just before (usual: {_percent(before['expected_share'])})"
+        f"{_such(section['examples'])}. "
+    )
+    if not anywhere["targets"]:
+        sentence = f"No {name} item occurs in the history before it. Nothing needs to be done."
+        return _finding(check, "ok", sentence, 0)
+    if not told and (_unusual(anywhere) or _unusual(before)):
+        advice = "Find where these rows come from and remove them, or the answer stands in the question."
+        return _finding(check, "warning", found + advice, anywhere["targets"])
+    advice = "Let systems recommend items of the history again, and report them apart."
+    return _finding(check, "note", found + advice, anywhere["targets"])
 
 
 def _seen(name: str, section: dict[str, Any]) -> Finding:
@@ -103,13 +162,18 @@ def _ties(report: dict[str, Any]) -> list[Finding]:
     found = []
     if sensitivity is not None:
         changed = sensitivity["expected_changed_share"]
-        level: Level = "warning" if changed >= 0.05 else "note" if changed > 0 else "ok"
+        # Positions that number a store's order, or one of shuffled ties, are no better than that order.
+        sections = [finding for finding in _orders(report) if "ties" in finding["check"]]
+        fixed = any(finding["level"] == "warning" for finding in sections)
+        shuffled = report["split"]["protocol"].get("ties", "stable") != "stable"
+        decided = report["split"]["positions_decide"] and not fixed and not shuffled
+        level: Level = "warning" if changed >= 0.05 and not decided else "note" if changed > 0 else "ok"
         measured = f"measured {_percent(sensitivity['measured_changed_share'])} in {sensitivity['shuffles']} shuffles"
-        advice = (
-            "Sort stably, state the tie rule, and report the users whose test item has a later time apart."
-            if changed
-            else "Nothing needs to be done."
-        )
+        advice = "Sort stably, state the tie rule, and report the users whose test item has a later time apart."
+        if decided:
+            advice = "Here positions decide the order of all ties; check that they are those in which users acted."
+        if not changed:
+            advice = "Nothing needs to be done."
         sentence = (
             f"{_percent(changed)} of the test targets are other items once ties are put in a random order "
             f"({measured}); {_percent(ties['tied_test_share'])} of the test items have the same time as the item "
@@ -134,12 +198,12 @@ def _ties(report: dict[str, Any]) -> list[Finding]:
 
 
 def _orders(report: dict[str, Any]) -> list[Finding]:
-    ids, fixed = report["id_order"], report["fixed_order"]
+    ids = report["id_order"]
     found = []
     parts = {
         "ties": "at the same time",
         "day": "on the same day at different times",
-        "untimed": "in sequences without times",
+        "untimed": "in sequences without a clock (first appearances of items left out)",
     }
     for part, where in parts.items():
         section = ids[part]
@@ -160,31 +224,15 @@ def _orders(report: dict[str, Any]) -> list[Finding]:
             "ok": "Nothing needs to be done.",
             "note": "The order has something of the ids' own; report the users whose test item is on a later day "
             "apart.",
-            "warning": "This is the order of the ids and not the users'; "
+            "warning": "This is the order of the ids and not the users'"
             + (
-                "find out how the file was sorted, and give times."
+                ", or ids were numbered as items appeared; find out how the file was sorted, and give times."
                 if part == "untimed"
-                else "shuffle inside ties, or evaluate only the users whose test item is on a later day."
+                else "; shuffle inside ties, or evaluate only the users whose test item is on a later day."
             ),
         }[level]
         found.append(_finding(f"ids ordered like the store's ({part})", level, sentence, share))
-    if fixed is not None:
-        agreement = fixed["agreement"]
-        sure = fixed["z"] > _FAR
-        level = "warning" if sure and agreement >= 0.9 else "note" if sure and agreement >= 0.1 else "ok"
-        sentence = (
-            f"Of the {fixed['pairs']:,} pairs of items that two users or more took at the same time, "
-            f"{_percent(fixed['agreeing_share'])} of the occurrences have the pair's usual order "
-            f"(by chance {_percent(fixed['chance_share'])}; {fixed['z']:+.1f} standard deviations). "
-        )
-        sentence += {
-            "ok": "Nothing needs to be done.",
-            "note": "Inside ties the order is partly one that a page or a file made, and a model can learn it; report "
-            "the users whose test item has a later time apart.",
-            "warning": "Inside ties a fixed order stands, a store's or a file's and not the users', even if ids hide "
-            "it: shuffle inside ties, or evaluate only the users whose test item has a later time.",
-        }[level]
-        found.append(_finding("fixed order inside ties", level, sentence, agreement))
+    found += [_fixed(report, key) for key in _FIXED if report[key] is not None]
     for key, by in (("with_popularity", "popularity"), ("with_first_time", "first appearance")):
         correlation = ids[key]
         if correlation is None:
@@ -197,6 +245,20 @@ def _orders(report: dict[str, Any]) -> list[Finding]:
         )
         found.append(_finding(f"ids numbered by {by}", level, sentence, correlation))
     return found
+
+
+def _fixed(report: dict[str, Any], key: str) -> Finding:
+    section = report[key]
+    (check, where), agreement, sure = _FIXED[key], section["agreement"], section["z"] > _FAR
+    # Without times, users' own order (a second part after the first) cannot be told from a file's.
+    lowest, highest = {"fixed_order": (0.1, 0.9), "fixed_order_day": (0.3, 0.9)}.get(key, (0.5, 2.0))
+    level: Level = "warning" if sure and agreement >= highest else "note" if sure and agreement >= lowest else "ok"
+    sentence = (
+        f"Of the {section['pairs']:,} pairs of items that two users or more took {where}, "
+        f"{_percent(section['agreeing_share'])} of the occurrences have the pair's usual order "
+        f"(by chance {_percent(section['chance_share'])}; {section['z']:+.1f} standard deviations). "
+    )
+    return _finding(check, level, sentence + _FIXED_ADVICE[key, level], agreement)
 
 
 def _future(report: dict[str, Any]) -> list[Finding]:
@@ -217,31 +279,49 @@ def _future(report: dict[str, Any]) -> list[Finding]:
     return [_finding("other users' future", level, sentence, share)]
 
 
-def _copies(section: dict[str, Any]) -> Finding:
+def _copies(section: dict[str, Any], counts: dict[str, Any]) -> Finding:
     count = section["exact_copies"]
     if not count:
         return _finding(
             "exact copies", "ok", "No interaction is there twice with its time. Nothing needs to be done.", 0
         )
+    share = count / counts["interactions"]
     sentence = (
-        f"{count:,} interaction(s) repeat an earlier one of the same user, item and time. "
+        f"{count:,} interaction(s) ({_percent(share)}) repeat an earlier one of the same user, item and time. "
         "Drop duplicates, unless one moment can hold an item twice."
     )
-    return _finding("exact copies", "note", sentence, count)
+    return _finding("exact copies", "warning" if share >= _MANY else "note", sentence, count)
+
+
+def _doubled(section: dict[str, Any]) -> Finding:
+    count, share = section["doubled_users"], section["doubled_share"]
+    if not count:
+        sentence = "No user's sequence of 6 interactions or more is one sequence twice. Nothing needs to be done."
+        return _finding("doubled users", "ok", sentence, 0)
+    sentence = (
+        f"{count:,} user(s) have the same sequence twice, one after the other or interaction by interaction "
+        f"({_percent(share)} of those with 6 interactions or more). Find out whether the log was joined with itself, "
+        "and drop the copy: it holds the targets."
+    )
+    return _finding("doubled users", "warning" if share >= _MANY else "note", sentence, count)
 
 
 def _equal_users(section: dict[str, Any]) -> Finding:
-    share, count = section["long_share"], section["long_users"]
-    if not count:
-        sentence = "No two users have the same sequence of 5 or more interactions. Nothing needs to be done."
+    whole, near = section["long_users"], section["near_users"]
+    share = section["long_share"] + section["near_share"]
+    if not whole + near:
+        sentence = (
+            "No two users have the same sequence of 5 or more interactions, whole or less its first or last item. "
+            "Nothing needs to be done."
+        )
         return _finding("equal users", "ok", sentence, 0)
     first, second = section["examples"][0]
     sentence = (
-        f"{count:,} user(s) have the same whole sequence, of 5 or more interactions, as an earlier one "
-        f"({_percent(share)}; such as {second!r} and {first!r}). "
+        f"{whole:,} user(s) have the same whole sequence, of 5 or more interactions, as an earlier one, and {near:,} "
+        f"the same but for the first or the last item ({_percent(share)}; such as {second!r} and {first!r}). "
         "Remove copies: one user's training is the other's test."
     )
-    return _finding("equal users", "warning" if share >= 0.01 else "note", sentence, count)
+    return _finding("equal users", "warning" if share >= _MANY else "note", sentence, whole + near)
 
 
 def _unseen(report: dict[str, Any]) -> list[Finding]:

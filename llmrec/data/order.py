@@ -5,19 +5,22 @@ order is a store's: whether item ids ascend in it, and, for ids that were shuffl
 stand in the same order.
 """
 
-from typing import Any
+import re
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from llmrec.data.split import FIRST_REAL_TIME, Places, Split
+from llmrec.data.split import Places, Split
 
 Mask = npt.NDArray[np.bool_]
+Where = Literal["ties", "day", "untimed"]
 
 DAY = 86_400
 SHUFFLES = 5
 _RENUMBERINGS = 40
+_DIGITS = re.compile("[0-9]+")
 
 
 def tie_groups(split: Split) -> Places:
@@ -27,13 +30,11 @@ def tie_groups(split: Split) -> Places:
 
 def same_day(split: Split) -> Mask | None:
     """(M,) whether the user's interaction before lies on the same UTC day; None if times are no unix times."""
-    times = split.timestamps
-    if times is None or not np.isfinite(times).any() or np.nanmedian(times) < FIRST_REAL_TIME:
+    if split.timestamps is None or not split.clock:
         return None
-    days = np.floor_divide(times, float(DAY))
+    days = np.floor_divide(split.timestamps, float(DAY))
     same: Mask = np.append(False, days[1:] == days[:-1])
-    same[split.offsets[:-1][np.diff(split.offsets) > 0]] = False
-    return same
+    return same & _not_first(split)
 
 
 def ties(split: Split) -> dict[str, Any] | None:
@@ -100,9 +101,11 @@ def order_sensitivity(split: Split, seed: int = 0) -> dict[str, Any] | None:
 def id_order(split: Split, seed: int = 0) -> dict[str, Any]:
     """Whether item ids ascend where time gives no order, or only a day; and whether ids are numbered by use.
 
-    Ids are compared as numbers, if all are digits after a common beginning, and as strings of bytes; of the two the
-    one that is farther from 1/2 is told. Neighbours in a user's sequence with different items are counted: tied ones,
-    others on the same UTC day, and, in a log without times, all (whose order may be that of a table sorted by id).
+    Ids are compared as their numbers go (`id_places`) and as strings of bytes; of the two the one that is farther from
+    1/2, or from no correlation, is told. Neighbours in a user's sequence with different items are counted: tied ones,
+    others on the same UTC day, and, in a log without a clock, all others (whose order may be that of a table sorted by
+    id). Of these last, neighbours of which one is its item's first appearance in the log are left out: where ids are
+    numbered as items appear, it has the highest id so far, whatever users do.
     Pairs of items that many tie together make the binomial test too sure; therefore the share is also set against what
     it would be had the items been numbered at random.
 
@@ -113,8 +116,6 @@ def id_order(split: Split, seed: int = 0) -> dict[str, Any]:
         timestamps or with fewer than 3 items).
     """
     places_by = id_places(split.item_ids)
-    places = next(iter(places_by.values()))
-    tied, day = _tied(split), same_day(split)
     counts = np.bincount(split.rows, minlength=split.num_items)
     used = np.flatnonzero(counts)
     first = None
@@ -122,29 +123,55 @@ def id_order(split: Split, seed: int = 0) -> dict[str, Any]:
         earliest = np.full(split.num_items, np.inf)
         np.fmin.at(earliest, split.rows, split.timestamps)
         dated = used[np.isfinite(earliest[used])]
-        first = _rank_correlation(places[dated], earliest[dated])
+        first = _farthest([_rank_correlation(places[dated], earliest[dated]) for places in places_by.values()])
+    found: dict[str, Any] = {}
+    parts: tuple[Where, ...] = ("ties", "day", "untimed")
+    for where in parts:
+        second = neighbours(split, where)
+        if second is not None and where == "untimed":
+            first_seen = _first_appearances(split)
+            second &= ~first_seen & ~np.append(False, first_seen[:-1])
+        found[where] = None if second is None else _ascending(split, places_by, second, seed)
     return {
-        "ties": _ascending(split, places_by, tied, seed),
-        "day": None if day is None else _ascending(split, places_by, day & ~tied, seed),
-        "untimed": _ascending(split, places_by, _not_first(split), seed) if split.timestamps is None else None,
-        "with_popularity": _rank_correlation(places[used], counts[used]),
+        **found,
+        "with_popularity": _farthest([_rank_correlation(places[used], counts[used]) for places in places_by.values()]),
         "with_first_time": first,
     }
 
 
-def fixed_order(split: Split) -> dict[str, Any] | None:
-    """Whether the same two items, tied, always stand in the same order: a store's or a file's, even if ids are hidden.
+def neighbours(split: Split, where: Where) -> Mask | None:
+    """(M,) whether an interaction has its user's one before as a neighbour of this kind; None if none can be.
 
-    Every user counts once per pair of items that are neighbours in one of his tie groups. Of a pair with n users, at
-    least max(x, n - x) agree, x of them having one order. If each user's order was a coin toss, x is binomial, and
-    mean and variance of that maximum are known exactly.
+    "ties": at the same time; "day": on the same UTC day at another time; "untimed": in a log whose times are no clock
+    or that has none, and not tied.
+    """
+    if where == "ties":
+        return None if split.timestamps is None else _tied(split)
+    if where == "untimed":
+        return None if split.clock else _not_first(split) & ~_tied(split)
+    day = same_day(split)
+    return None if day is None else day & ~_tied(split)
+
+
+def fixed_order(split: Split, where: Where = "ties") -> dict[str, Any] | None:
+    """Whether the same two items always stand in the same order: a store's or a file's, even if ids are hidden.
+
+    Neighbours (`neighbours`) that are tied have no order of their own. Those on one day, and more so those of a log
+    without a clock, may have the users' own: one does not watch the second part before the first.
+
+    Every user counts once per pair of items that are such neighbours. Of a pair with n users, at least max(x, n - x)
+    agree, x of them having one order. If each user's order was a coin toss, x is binomial, and mean and variance of
+    that maximum are known exactly.
 
     Returns:
-        JSON-ready: pairs (of items, tied for two users or more), votes (the sum of n), agreeing_share (of the votes),
-        chance_share, agreement ((agreeing - chance) / (1 - chance): 0 is chance, 1 is always the same order), z.
-        None without a pair.
+        JSON-ready: pairs (of items, neighbours for two users or more), votes (the sum of n), agreeing_share (of the
+        votes), chance_share, agreement ((agreeing - chance) / (1 - chance): 0 is chance, 1 is always the same order),
+        z. None without a pair.
     """
-    second = np.flatnonzero(_tied(split))
+    mask = neighbours(split, where)
+    if mask is None:
+        return None
+    second = np.flatnonzero(mask)
     first_items, second_items = split.rows[second - 1], split.rows[second]
     other = first_items != second_items
     second, first_items, second_items = second[other], first_items[other], second_items[other]
@@ -174,28 +201,44 @@ def fixed_order(split: Split) -> dict[str, Any] | None:
 
 
 def id_places(item_ids: list[str]) -> dict[str, Places]:
-    """(N,) the place of every id in the ids' order as "numbers", if all are digits after a common beginning, and as
-    "strings" of bytes.
+    """(N,) the place of every id in the ids' order as "numbers" (if one has a digit) and as "strings" of bytes.
 
-    >>> {name: places.tolist() for name, places in id_places(["b10", "b9", "b100"]).items()}
-    {'numbers': [1, 0, 2], 'strings': [0, 2, 1]}
+    As numbers, a run of digits in an id counts as the number that it spells, of any length, and all else as itself, so
+    that ids of several forms are compared, each among its own.
+
+    >>> {name: places.tolist() for name, places in id_places(["b10", "b9", "n/a", "b100"]).items()}
+    {'numbers': [1, 0, 3, 2], 'strings': [0, 2, 3, 1]}
     """
-    # What the first and the last in order begin with, all between them begin with.
-    least, most = min(item_ids), max(item_ids)
-    shared = next(
-        (place for place, pair in enumerate(zip(least, most, strict=False)) if pair[0] != pair[1]), len(least)
-    )
-    start = len(least[:shared].rstrip("0123456789"))
-    ids = (
-        pl.DataFrame({"id": item_ids})
-        .with_columns(pl.col("id").str.slice(start).alias("digits"))
-        .with_row_index("row")
-    )
+    ids = pl.DataFrame({"id": pl.Series(item_ids, dtype=pl.String)}).with_row_index("row")
     found = {}
-    if bool(ids["digits"].str.contains(r"^[0-9]{1,18}$").all()):
-        ids = ids.with_columns(pl.col("digits").cast(pl.Int64).alias("number"))
-        found["numbers"] = _inverse(ids.sort("number", "id")["row"].to_numpy())
+    if bool(ids["id"].str.contains("[0-9]").any()):
+        # The length of a number, at one width, stands before it: longer ones are larger.
+        natural = [_DIGITS.sub(_with_length, text) for text in item_ids]
+        ids = ids.with_columns(pl.Series("natural", natural, dtype=pl.String))
+        found["numbers"] = _inverse(ids.sort("natural", "id")["row"].to_numpy())
     return {**found, "strings": _inverse(ids.sort("id")["row"].to_numpy())}
+
+
+def _with_length(digits: re.Match[str]) -> str:
+    number = digits[0].lstrip("0")
+    return f"{len(number):06d}{number}"
+
+
+def _first_appearances(split: Split) -> Mask:
+    """(M,) whether an item appears for the first time: in the order of the rows, or in that of the numbers of time."""
+    places = np.arange(len(split.rows))
+    orders = [places]
+    if split.timestamps is not None:
+        orders.append(np.argsort(split.timestamps, kind="stable"))
+    found = np.zeros(len(places), dtype=bool)
+    for order in orders:
+        found[order[np.unique(split.rows[order], return_index=True)[1]]] = True
+    return found
+
+
+def _farthest(values: list[float | None]) -> float | None:
+    """The value that is farthest from 0; of equals the first."""
+    return max((value for value in values if value is not None), key=abs, default=None)
 
 
 def _inverse(order: npt.NDArray[Any]) -> Places:

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from llmrec.data.columns import ACTION, DOMAIN, ITEM, TIMESTAMP, USER
+from llmrec.data.columns import ACTION, DOMAIN, ITEM, POSITION, TIMESTAMP, USER
 from llmrec.data.interactions import Interactions
 from llmrec.data.items import Items
 from llmrec.data.split import Places, Rows, Split
@@ -185,6 +185,8 @@ class _Log:
         self.timestamps = None
         if TIMESTAMP in frame.columns:
             self.timestamps = frame[TIMESTAMP].cast(pl.Float64).fill_null(float("nan")).to_numpy()
+        self.clock = None if interactions.time_unit is None else interactions.time_unit != "order"
+        self.positions_decide = _positions_decide(frame)
         self.context = {name: frame[name] if name in frame.columns else None for name in (ACTION, DOMAIN)}
 
     def running_times(self, split: str) -> npt.NDArray[np.float64]:
@@ -217,7 +219,22 @@ class _Log:
             actions=self.context[ACTION],
             domains=self.context[DOMAIN],
             apart=apart,
+            clock=self.clock,
+            positions_decide=self.positions_decide,
         )
+
+
+def _positions_decide(frame: pl.DataFrame) -> bool:
+    """Whether positions ascend wherever a user has the same time twice in a row; False if there is no such place."""
+    if TIMESTAMP not in frame.columns or POSITION not in frame.columns:
+        return False
+    tied = (pl.col(USER) == pl.col(USER).shift()) & (pl.col(TIMESTAMP) == pl.col(TIMESTAMP).shift())
+    # A user of whom one position is missing is ordered without them.
+    whole = pl.col(POSITION).is_not_null().all().over(USER)
+    decided = whole & (pl.col(POSITION) > pl.col(POSITION).shift())
+    at_ties = frame.select(tied.fill_null(False).alias("tied"), decided.fill_null(False).alias("decided"))
+    at_ties = at_ties.filter("tied")
+    return at_ties.height > 0 and bool(at_ties["decided"].all())
 
 
 def _rows_of(item_ids: pl.Series, items: Items) -> Rows:

@@ -30,11 +30,13 @@ def report(
     Returns:
         JSON-ready, all numbers finite; a section is None where the log has nothing for it, such as times:
 
-        * split: protocol and content hash;
+        * split: protocol, content hash, whether times are a clock's and whether positions decide the order of ties;
         * counts: users, items, interactions, density and the parts' sizes;
         * lengths, popularity, times: see `llmrec.data.distribution`;
-        * repeats, overlap (of test and valid), seen (likewise), look_ahead, equal_users, unseen: `llmrec.data.leaks`;
-        * ties, sensitivity, id_order, fixed_order: `llmrec.data.order`;
+        * repeats, overlap and history (of test and valid), seen (likewise), look_ahead, equal_users, unseen:
+          `llmrec.data.leaks`;
+        * ties, sensitivity, id_order, fixed_order (of ties), fixed_order_day, fixed_order_untimed:
+          `llmrec.data.order`;
         * text: items without title and without any text;
         * entropy: of the training sequences, see `llmrec.data.entropy`;
         * findings: see `llmrec.data.findings`, warnings first.
@@ -49,7 +51,12 @@ def report(
         )
     parts: tuple[Any, ...] = ("test", "valid")
     found: dict[str, Any] = {
-        "split": {"protocol": dict(split.protocol), "content_hash": split.content_hash},
+        "split": {
+            "protocol": dict(split.protocol),
+            "content_hash": split.content_hash,
+            "clock": bool(split.clock),
+            "positions_decide": split.positions_decide,
+        },
         "counts": _counts(split),
         "lengths": distribution.lengths(split),
         "popularity": distribution.popularity(split),
@@ -59,7 +66,10 @@ def report(
         "sensitivity": order.order_sensitivity(split, seed),
         "id_order": order.id_order(split, seed),
         "fixed_order": order.fixed_order(split),
+        "fixed_order_day": order.fixed_order(split, "day"),
+        "fixed_order_untimed": order.fixed_order(split, "untimed"),
         "overlap": {part: leaks.overlap(split, part) for part in parts},
+        "history": {part: leaks.history_overlap(split, part) for part in parts},
         "seen": None if seen is None else {part: leaks.seen_overlap(split, seen, part) for part in parts},
         "look_ahead": leaks.look_ahead(split),
         "equal_users": leaks.equal_users(split),

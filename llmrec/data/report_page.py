@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 # Two colours that can be told apart in the light, in the dark, and by those who see fewer.
 _BLUE, _ORANGE, _GREY = "#3b82c4", "#d9822b", "#8a8f98"
-_PARTS = {"ties": "same time", "day": "same day, other time", "untimed": "no times"}
+_PARTS = {"ties": "same time", "day": "same day, other time", "untimed": "no clock"}
+_FIXED = {"ties": "fixed_order", "day": "fixed_order_day", "untimed": "fixed_order_untimed"}
 
 
 def page(report: dict[str, Any], title: str = "Data report") -> Page:
@@ -115,15 +116,16 @@ def _times(found: Page, times: dict[str, Any] | None) -> None:
         _labels(axes, "share of a user's neighbouring interactions (%)", "gap")
         found.figure(
             figure,
-            f"Time between an interaction and its user's one before: {_percent(shares['none'])} have none (ties).",
+            f"Time between an interaction and its user's one before: {_percent(shares['none'])} have none (ties)."
+            + (f" {times['backward_gaps']:,} that are below 0 are left out." if times["backward_gaps"] else ""),
         )
 
 
 def _order(found: Page, report: dict[str, Any]) -> None:
-    ids, fixed, sensitivity = report["id_order"], report["fixed_order"], report["sensitivity"]
+    ids, sensitivity = report["id_order"], report["sensitivity"]
+    fixed = {_PARTS[part]: report[key] for part, key in _FIXED.items() if report[key] is not None}
     shown = {_PARTS[part]: 100 * ids[part]["ascending_share"] for part in _PARTS if ids[part] is not None}
-    agreement = {} if fixed is None else {"found": fixed["agreeing_share"], "by chance": fixed["chance_share"]}
-    if not shown and not agreement:
+    if not shown and not fixed:
         return
     found.heading("Order where time says nothing")
     found.paragraph(
@@ -137,7 +139,9 @@ def _order(found: Page, report: dict[str, Any]) -> None:
             f"{', '.join(_percent(share) for share in sensitivity['measured_changed_shares'])})."
         )
     bars = {f"ids ascend, {name}": share for name, share in shown.items()}
-    bars |= {f"usual order of a pair, {name}": 100 * share for name, share in agreement.items()}
+    for name, section in fixed.items():
+        bars[f"usual order of a pair, {name}"] = 100 * section["agreeing_share"]
+        bars[f"usual order of a pair, {name}, by chance"] = 100 * section["chance_share"]
     figure, axes = _plot(1.2 + 0.45 * len(bars))
     chance = [name.endswith("by chance") for name in bars]
     axes.barh(list(bars), list(bars.values()), color=[_GREY if plain else _ORANGE for plain in chance])
@@ -146,11 +150,11 @@ def _order(found: Page, report: dict[str, Any]) -> None:
     axes.invert_yaxis()
     _labels(axes, "share (%); ids by chance: 50 %", "")
     caption = [f"Ids ascend ({name}) in {share:.1f} %" for name, share in shown.items()]
-    if fixed is not None:
-        caption.append(
-            f"pairs stand in their usual order in {_percent(fixed['agreeing_share'])}, by chance in "
-            f"{_percent(fixed['chance_share'])} ({fixed['pairs']:,} pairs of items)"
-        )
+    caption += [
+        f"pairs ({name}) stand in their usual order in {_percent(section['agreeing_share'])}, by chance in "
+        f"{_percent(section['chance_share'])} ({section['pairs']:,} pairs of items)"
+        for name, section in fixed.items()
+    ]
     found.figure(figure, "; ".join(caption) + ".")
 
 
@@ -163,8 +167,11 @@ def _tables(found: Page, report: dict[str, Any]) -> None:
         ["interactions with the item just before", _percent(repeats["immediate_share"])],
         ["test items in the user's history", _percent(repeats["test_in_history_share"])],
         ["test items in the user's training", _percent(report["overlap"]["test"]["share"])],
+        ["test items that repeat the item just before", _percent(report["history"]["test"]["just_before"]["share"])],
         ["exact copies (user, item, time)", f"{repeats['exact_copies']:,}"],
+        ["users with the same sequence twice", f"{repeats['doubled_users']:,}"],
         ["users with another's sequence", f"{report['equal_users']['users']:,}"],
+        ["users with another's sequence but for one end", f"{report['equal_users']['near_users']:,}"],
         ["items only in validation or test", f"{unseen['items_only_in_valid_or_test']:,}"],
         ["users asked about without training", f"{unseen['cold_users']:,}"],
         ["items without text", f"{report['text']['without_text']:,}"],
@@ -177,6 +184,11 @@ def _tables(found: Page, report: dict[str, Any]) -> None:
         ]
     found.table(["what", "value"], rows)
     leaked = [("own training", example) for example in report["overlap"]["test"]["examples"]]
+    leaked += [
+        ("own history", example)
+        for example in report["history"]["test"]["examples"]
+        if ("own training", example) not in leaked
+    ]
     if report["seen"] is not None:
         leaked += [("what the model saw", example) for example in report["seen"]["test"]["examples"]]
     if leaked:
@@ -186,7 +198,7 @@ def _tables(found: Page, report: dict[str, Any]) -> None:
                 [where, example["user"], example["item"], "" if example["time"] is None else f"{example['time']:.0f}"]
                 for where, example in leaked
             ],
-            "Some of the test items that were found in training.",
+            "Some of the test items that were found in training or in the history.",
         )
 
 

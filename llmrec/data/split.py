@@ -14,7 +14,8 @@ Part = Literal["valid", "test"]
 Rows = npt.NDArray[np.int32]
 Places = npt.NDArray[np.int64]
 
-FIRST_REAL_TIME = 315_532_800  # 1980-01-01 in unix seconds: a clock that shows less counts something else
+_FIRST_REAL_TIME = 315_532_800  # 1980-01-01 in unix seconds: a clock that shows less counts something else
+_LAST_TIME = 253_402_300_800  # the year 10000, which no calendar here can write
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,17 @@ class Split:
         train_ends: (U,) of which `rows[offsets[u]:train_ends[u]]` are training.
         positions: the places (C,) in `rows` of a part's targets.
         protocol: the name of the split and its values, JSON-ready.
-        timestamps: (M,) unix seconds, NaN where unknown; None without timestamps.
+        timestamps: (M,) unix seconds, or the numbers of an order (see `clock`), NaN where unknown; or None.
         actions: (M,) what the user did (behaviour), or None.
         domains: (M,) the domain of the interaction, or None.
         apart: whether cases of users or items that training does not hold are kept apart from the headline figure.
+        clock: whether the timestamps are unix seconds, and not numbers of an order. Left at None it is guessed: their
+            median lies after 1980 and all of them before the year 10000. False without timestamps.
+        positions_decide: whether all interactions of a user at the same time have an order that the log itself gives,
+            by positions, so that none hangs on the order of the file.
         content_hash: sha256 of item ids in order, user ids, sequences and parts. The lengths of all strings come
-            first, so that no two splits spell alike. Formats, column names and times leave it unchanged.
+            first, so that no two splits spell alike. Formats, column names, times and what they are taken for leave it
+            unchanged.
     """
 
     all_users: list[str] = field(repr=False)
@@ -52,6 +58,16 @@ class Split:
     actions: pl.Series | None = field(default=None, repr=False)
     domains: pl.Series | None = field(default=None, repr=False)
     apart: bool = False
+    clock: bool | None = None
+    positions_decide: bool = False
+
+    def __post_init__(self) -> None:
+        if self.timestamps is None:
+            object.__setattr__(self, "clock", False)
+        elif self.clock is None:
+            known = self.timestamps[np.isfinite(self.timestamps)]
+            real = len(known) > 0 and np.median(known) >= _FIRST_REAL_TIME and known.max() < _LAST_TIME
+            object.__setattr__(self, "clock", bool(real))
 
     @property
     def num_items(self) -> int:
@@ -126,7 +142,7 @@ class Split:
 
         None without timestamps, or if they are no unix times but an order.
         """
-        if self.timestamps is None or not np.nanmedian(self.timestamps) >= FIRST_REAL_TIME:
+        if self.timestamps is None or not self.clock:
             return None
         days = np.floor_divide(self.timestamps, 86_400.0)
         positions = self.positions[part]

@@ -87,6 +87,14 @@ def test_times_by_hand() -> None:
     )
     json.dumps(found, allow_nan=False)
     assert times(split_of([[0, 1, 2]])) is None
+    # A user of whom a time is missing is in an order of his own, and what goes back is neither a gap nor a tie.
+    backward = times(
+        split_of([[0, 1, 2, 3], [0, 1, 2]], [[START + 90, START, None, START], [START, START, START + 9]])
+    )
+    assert backward is not None
+    assert backward["backward_gaps"] == 1
+    assert backward["gap_quantiles"]["0.0"] == 0
+    assert (backward["gap_shares"]["none"], backward["gap_shares"]["up to a minute"]) == (0.5, 0.5)
     counted = times(split_of([[0, 1, 2]], [[1.0, 2.0, 9.0]]))
     assert counted is not None
     assert counted["unix"] is False

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec.data.entropy import (
+    _looked_up,
+    _walked,
     approximate_entropy,
     dictionary_entropy,
     entropies,
@@ -140,6 +142,22 @@ def test_long_sequences_take_no_long_time_even_periodic_ones() -> None:
     assert longest_earlier_matches(np.arange(100_000) % 2)[60_000] == 40_000
     assert longest_earlier_matches(np.random.default_rng(0).integers(0, 3000, 100_000)).max() < 20
     assert time.perf_counter() - start < 8
+
+
+@settings(max_examples=200, deadline=None)
+@given(SEQUENCES | st.lists(st.integers(0, 1), max_size=200) | st.integers(0, 150).map(lambda n: [0, 1, 0, 2] * n))
+def test_runs_looked_up_whole_are_those_that_are_walked(tokens: list[int]) -> None:
+    if len(tokens) > 1:
+        numbers = np.unique(tokens, return_inverse=True)[1].astype(np.int64)
+        assert _looked_up(numbers) == _walked(numbers, len(tokens) ** 2 + 1)
+
+
+@pytest.mark.parametrize("period", [1, 7, 30])
+def test_the_dictionary_variant_takes_no_long_time_where_a_log_repeats_itself(period: int) -> None:
+    start = time.process_time()
+    found = dictionary_entropy(np.tile(np.arange(period), 80_000 // period))
+    assert time.process_time() - start < 6
+    assert 0 < found < 0.2
 
 
 def test_figures_of_a_log() -> None:

@@ -1,6 +1,7 @@
 """Leaks: every figure by its definition on random logs, and plants that are found one by one."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,16 @@ import pytest
 from logs import START, logged, shop, split_of
 
 from llmrec.data.interactions import Interactions
-from llmrec.data.leaks import equal_users, first_places, look_ahead, overlap, repeats, seen_overlap, unseen
+from llmrec.data.leaks import (
+    equal_users,
+    first_places,
+    history_overlap,
+    look_ahead,
+    overlap,
+    repeats,
+    seen_overlap,
+    unseen,
+)
 from llmrec.data.split import Split
 
 
@@ -172,23 +182,97 @@ def test_after_a_temporal_cut_there_is_no_future() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_equal_users_are_those_of_the_definition(seed: int) -> None:
     generator = np.random.default_rng(seed)
-    sequences = [generator.integers(0, 2, int(generator.integers(0, 7))).tolist() for _ in range(120)]
+    sequences = [generator.integers(0, 3, int(generator.integers(0, 7))).tolist() for _ in range(400)]
     split = split_of(sequences)
     earlier: set[tuple[int, ...]] = set()
-    copies = long = 0
-    for own in sequences:
-        if own:
-            copies += tuple(own) in earlier
-            long += len(own) >= 5 and tuple(own) in earlier
-            earlier.add(tuple(own))
+    trimmed: set[tuple[int, ...]] = set()
+    copies = long = near = 0
+    for own in map(tuple, sequences):
+        runs = {run for run in (own, own[1:], own[:-1]) if len(run) >= 5 and len(set(run)) >= 3}
+        copies += own in earlier
+        long += own in earlier and own in runs
+        near += own not in earlier and bool(runs & trimmed)
+        earlier |= {own} - {()}
+        trimmed |= runs
     found = equal_users(split)
     assert found["users"] == copies > 0
     assert found["long_users"] == long > 0
-    assert found["long_share"] == pytest.approx(long / sum(len(own) >= 5 for own in sequences))
-    for first, second in found["examples"]:
+    assert found["near_users"] == near > 0
+    enough = sum(len(own) >= 5 for own in sequences)
+    assert found["long_share"] == pytest.approx(long / enough)
+    assert found["near_share"] == pytest.approx(near / enough)
+    for first, second in found["examples"][:long]:
         assert first != second
         assert sequences[int(first[1:])] == sequences[int(second[1:])]
-        assert len(sequences[int(first[1:])]) >= 5 or long < 5
+        assert len(sequences[int(first[1:])]) >= 5
+
+
+@pytest.mark.parametrize("cut", [slice(1, None), slice(None, -1), slice(1, -1)])
+def test_a_copy_that_lacks_an_end_is_found_and_one_that_lacks_both_is_not(cut: slice) -> None:
+    sequences = [list(range(9 * user, 9 * user + 7)) for user in range(20)]
+    found = equal_users(split_of([*sequences, sequences[4][cut], [7, 7, 7, 7, 7, 7], [7, 7, 7, 7, 7]]))
+    alike = cut != slice(1, -1)
+    assert (found["users"], found["near_users"]) == (0, int(alike))
+    assert found["examples"] == [["u4", "u20"]] * alike
+
+
+def test_users_who_are_there_twice_over_are_counted() -> None:
+    one = [0, 1, 2, 3]
+    each_twice = [item for item in one for _ in range(2)]
+    habits = [[0, 1] * 4, [5] * 8, [0, 1, 2, 0, 1], [0, 1, 2, 0, 1, 3], [0, 1, 0, 1], [0, 1, 2, 0, 1, 2, 0]]
+    found = repeats(split_of([one * 2, each_twice, [0, 1, 2, 0, 1, 2], *habits]))
+    assert found["doubled_users"] == 3
+    assert found["doubled_share"] == pytest.approx(3 / 7)
+
+
+@pytest.mark.parametrize("part", ["test", "valid"])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_usual_is_told_by_no_target(seed: int, part: Any) -> None:
+    """Against the definition, with several targets a user as a cut in time gives them, and users without training."""
+    generator = np.random.default_rng(seed)
+    split = random_split(seed, users=60)
+    ends = split.train_ends.copy()
+    for user in range(60):
+        ends[user] = generator.integers(split.offsets[user], split.offsets[user + 1] + 1)
+    outside = np.flatnonzero(np.arange(len(split.rows)) >= ends[split.owner])
+    chosen = generator.integers(0, 3, len(outside))  # some of them are no targets
+    positions: Any = {"valid": outside[chosen == 0], "test": outside[chosen == 1]}
+    split = replace(split, train_ends=ends, positions=positions)
+    targets = set(positions["valid"].tolist()) | set(positions["test"].tolist())
+    again, just = [], []
+    elsewhere, before, near, before_near = [], [], [], []
+    for place, user in enumerate(split.owner.tolist()):
+        own = split.rows[split.offsets[user] : place].tolist()
+        again.append(split.rows[place] in own)
+        just.append(bool(own) and own[-1] == split.rows[place])
+        if own and place not in targets:
+            elsewhere.append(place)
+    for place in positions[part].tolist():
+        free = max((p for p in range(place) if p not in targets), default=-1)
+        usable = [free] * int(free > split.offsets[split.owner[place]])
+        before += usable
+        if place - free <= 2:
+            near.append(place)
+            before_near += usable
+    expected = max(np.mean(np.array(again)[elsewhere]), np.mean(np.array(again)[before]))
+    assert overlap(split, part)["expected_share"] == pytest.approx(expected)
+    found = history_overlap(split, part)
+    assert found["cases"] == len(near) > 5
+    for name, mask in (("in_history", np.array(again)), ("just_before", np.array(just))):
+        rate = max(np.mean(mask[elsewhere]), np.mean(mask[before_near]) if before_near else 0)
+        assert found[name]["targets"] == int(mask[near].sum())
+        assert found[name]["expected_share"] == pytest.approx(rate)
+    assert len(found["examples"]) == min(5, found["in_history"]["targets"])
+    json.dumps(found, allow_nan=False)
+
+
+def test_numbers_that_begin_anew_with_every_user_tell_no_future() -> None:
+    sequences = [[k % 7 for k in range(u, u + 6)] for u in range(30)]
+    own = split_of(sequences, [[float(k) for k in range(1, 7)] for _ in sequences])
+    assert not own.clock
+    assert look_ahead(own) is None
+    common = split_of(sequences, [[float(30 * k + u) for k in range(6)] for u in range(30)])
+    assert look_ahead(common) is not None
 
 
 def test_sequences_are_compared_and_not_only_their_hashes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from logs import DAY, START, logged, shop, split_of
 
-from llmrec.data.order import fixed_order, id_order, id_places, order_sensitivity, same_day, tie_groups, ties
+from llmrec.data.order import (
+    fixed_order,
+    id_order,
+    id_places,
+    neighbours,
+    order_sensitivity,
+    same_day,
+    tie_groups,
+    ties,
+)
 from llmrec.data.split import Split
 
 
@@ -111,7 +120,11 @@ def test_without_times_nothing_is_said_of_ties() -> None:
     found = id_order(split)
     assert found["ties"] is None
     assert found["day"] is None
-    assert found["untimed"]["ascending_share"] == 0.5
+    # The first user's items appear for the first time, and what stands beside them says nothing.
+    assert (found["untimed"]["pairs"], found["untimed"]["ascending_share"]) == (2, 0)
+    assert id_order(split_of([[0, 1, 2], [3, 4, 5]]))["untimed"] is None
+    seen = id_order(split_of([[0, 1, 2], [2, 1, 0], [0, 2, 1]]))
+    assert (seen["untimed"]["pairs"], seen["untimed"]["ascending_share"]) == (4, 0.25)
     # Numbers that only order interactions are no days.
     counted = split_of([[0, 1, 2]], [[1.0, 2.0, 3.0]])
     assert same_day(counted) is None
@@ -134,12 +147,53 @@ def test_ids_are_compared_as_numbers_and_as_strings() -> None:
     assert id_places(["item-9", "item-10", "item-1"])["numbers"].tolist() == [1, 2, 0]
     assert id_places(["B2-10", "B2-9"])["numbers"].tolist() == [1, 0]
     assert id_places(["b1", "b10", "b12"])["numbers"].tolist() == [0, 1, 2]
-    found = id_places(["B9", "A10", "Z1", "A9"])
-    assert list(found) == ["strings"]
-    assert found["strings"].tolist() == [2, 0, 3, 1]
-    assert list(id_places(["7", "x"])) == ["strings"]
-    assert id_places(["only"])["strings"].tolist() == [0]
-    assert list(id_places(["1" * 30, "2" * 30])) == ["strings"]
+    assert list(id_places(["only", "words"])) == ["strings"]
+    assert id_places(["2" * 30, "1" * 31])["numbers"].tolist() == [0, 1]
+
+
+def test_ids_of_other_forms_do_not_hide_the_order_of_numbers() -> None:
+    assert id_places(["B9", "A10", "Z1", "A9"])["numbers"].tolist() == [2, 1, 3, 0]
+    assert id_places(["10", "n/a", "9"])["numbers"].tolist() == [1, 2, 0]
+    assert id_places(["100.html", "12.html", "9"])["numbers"].tolist() == [2, 1, 0]
+    assert id_places(["a10b2", "a10b10", "a9b3"])["numbers"].tolist() == [1, 2, 0]
+    generator = np.random.default_rng(4)
+    drawn = [sorted(generator.choice(400, 4, replace=False).tolist()) for _ in range(300)]
+    split = split_of([[0], *drawn], [[START - DAY], *([START] * 4 for _ in drawn)], num_items=400)
+    split.item_ids[:] = ["unknown", *map(str, range(1, 400))]
+    section = id_order(split)["ties"]
+    assert section["compared"] == "numbers"
+    assert section["ascending_share"] > 0.98
+
+
+@pytest.mark.parametrize("timed", ["none", "order"])
+@pytest.mark.parametrize("seed", range(4))
+def test_ids_numbered_as_items_appear_ascend_by_themselves(seed: int, timed: str) -> None:
+    generator = np.random.default_rng(seed)
+    numbers: dict[int, int] = {}
+    sequences = []
+    for _ in range(200):
+        drawn = generator.choice(800, 12, replace=False, p=np.arange(800, 0, -1) / 320_400).tolist()
+        sequences.append([numbers.setdefault(item, len(numbers)) for item in drawn])
+    times = None if timed == "none" else [[float(k) for k in range(12)] for _ in sequences]
+    split = split_of(sequences, times)
+    pairs = [(a, b) for own in sequences for a, b in itertools.pairwise(own)]
+    assert np.mean([a < b for a, b in pairs]) > 0.55
+    found = id_order(split)["untimed"]
+    assert 50 < found["pairs"] < len(pairs)
+    assert abs(found["ascending_share"] - 0.5) < 4 * 0.5 / math.sqrt(found["pairs"])
+
+
+def test_neighbours_are_those_of_the_definition() -> None:
+    times = [[START, START, START + 9.0, START + DAY, None, START + DAY], [START + DAY]]
+    split = split_of([[0, 1, 2, 3, 4, 5], [0]], times)
+    assert np.flatnonzero(neighbours(split, "ties")).tolist() == [1]  # type: ignore[arg-type]
+    assert np.flatnonzero(neighbours(split, "day")).tolist() == [2]  # type: ignore[arg-type]
+    assert neighbours(split, "untimed") is None
+    counted = split_of([[0, 1, 2], [1, 2]], [[1.0, 1.0, 2.0], [3.0, 4.0]])
+    assert np.flatnonzero(neighbours(counted, "ties")).tolist() == [1]  # type: ignore[arg-type]
+    assert np.flatnonzero(neighbours(counted, "untimed")).tolist() == [2, 4]  # type: ignore[arg-type]
+    assert neighbours(counted, "day") is None
+    assert np.flatnonzero(neighbours(split_of([[0, 1], [1, 2]]), "untimed")).tolist() == [1, 3]  # type: ignore[arg-type]
 
 
 def test_an_order_of_ids_as_strings_or_as_numbers_is_found() -> None:

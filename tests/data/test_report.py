@@ -16,8 +16,9 @@ from logs import START, Rows, by_user, inside_days, logged, shop, split_of
 from llmrec.data.arguments import SplitArguments
 from llmrec.data.interactions import Interactions
 from llmrec.data.items import Items
-from llmrec.data.protocols import leave_one_out
+from llmrec.data.protocols import global_temporal, leave_one_out
 from llmrec.data.report import report
+from llmrec.data.report_page import page
 from llmrec.data.sample import make_sample
 from llmrec.exceptions import DataError
 
@@ -137,7 +138,7 @@ def test_ids_ordered_like_the_stores_within_a_day_are_found(seed: int, reverse: 
     assert "fixed order inside ties" in warnings(found)
     rows = [(user, item, START + (float(time) - START) / 8) for user, item, time in shop(seed)]  # type: ignore[arg-type]
     fine = of([(user, item, int(time)) for user, item, time in inside_days(rows, sign)])  # type: ignore[arg-type]
-    assert warnings(fine) == ["ids ordered like the store's (day)"]
+    assert warnings(fine) == ["ids ordered like the store's (day)", "fixed order inside days"]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -160,9 +161,165 @@ def test_users_who_are_there_twice_are_found() -> None:
     found = of(rows + copies)
     assert warnings(found) == ["equal users"]
     assert found["equal_users"]["examples"][0] == ["u0000", "copy of u0000"]
+    for cut in (slice(1, None), slice(None, -1)):  # without the first item, without the last
+        own = by_user(rows)
+        near = [("copy of " + user, item, time) for user in sorted(own)[:3] for _, item, time in own[user][cut]]
+        assert warnings(of(rows + near)) == ["equal users"]
     exact = of(rows + rows[:5])
     assert level(exact, "exact copies") == "note"
     assert exact["repeats"]["exact_copies"] == 5
+
+
+def test_a_log_that_is_joined_with_itself_is_found() -> None:
+    rows = shop(2, users=100)
+    assert {"exact copies", "doubled users"} <= set(warnings(of(rows + rows)))
+    assert "doubled users" in warnings(of(rows + rows, timed=False))
+    later = [(user, item, int(time) + 400 * 86_400) for user, item, time in rows]  # type: ignore[arg-type]
+    assert "doubled users" in warnings(of(rows + later))
+    assert "exact copies" in warnings(of(rows + rows[: len(rows) // 50]))
+
+
+@pytest.mark.parametrize("repeating", [0.0, 0.1, 0.7])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_test_item_at_the_place_of_validation_is_found(seed: int, repeating: float) -> None:
+    """Appended to its user's own history, it lies behind training, where an overlap with training says nothing."""
+    rows = repeated(shop(seed), repeating, seed)
+    assert warnings(of(rows, timed=False)) == []
+    appended = [row for own in by_user(rows).values() for row in (*own, own[-1])]
+    found = of(appended, timed=False)
+    assert "test items in the history" in warnings(found)
+    assert found["history"]["test"]["just_before"]["share"] == 1
+    interactions, items, _ = logged(appended, timed=False)
+    cold = report(interactions, items, SplitArguments(split="cold-users").make(interactions, items))
+    assert level(cold, "test items in training") == "ok"
+    if repeating < 0.5:
+        assert "test items in the history" in warnings(cold)
+
+
+@pytest.mark.parametrize("repeating", [0.0, 0.7])
+@pytest.mark.parametrize("protocol", ["leave-one-out", "global-temporal", "by-sample"])
+def test_a_leak_of_all_targets_does_not_set_its_own_standard(protocol: Any, repeating: float) -> None:
+    """Test and validation items at the start of training, of users who are all active for long."""
+    taken = by_user(repeated(shop(1, users=200), repeating, 1))
+    rows: Rows = [
+        (user, item, START + place * 30 * 86_400 + number * 5_000)
+        for number, (user, own) in enumerate(taken.items())
+        for place, (_, item, _) in enumerate(own)
+    ]
+    interactions, items, _ = logged(rows)
+    split = SplitArguments(split=protocol).make(interactions, items)
+    assert warnings(report(interactions, items, split)) == []
+    own = by_user(rows)
+    parts: tuple[Any, ...] = ("test", "valid")
+    asked = [
+        (u, items.ids[row]) for part in parts for u, row in zip(split.users(part), split.targets(part), strict=True)
+    ]
+    # One after another within a day of a user's first.
+    planted = rows + [(user, item, int(own[user][0][2]) + 1 + k * 37) for k, (user, item) in enumerate(asked)]  # type: ignore[arg-type]
+    interactions, items, _ = logged(planted)
+    cuts = {name: split.protocol[name] for name in ("valid_time", "test_time") if name in split.protocol}
+    if cuts:
+        made = global_temporal(interactions, items, **cuts)
+    else:
+        made = SplitArguments(split=protocol).make(interactions, items)
+    assert {"test items in training", "validation items in training"} <= set(
+        warnings(report(interactions, items, made))
+    )
+
+
+def repeated(rows: Rows, share: float, seed: int) -> Rows:
+    """The log with this share of the interactions after a user's first replaced by one of the user's past."""
+    generator = np.random.default_rng(seed)
+    found: Rows = []
+    for own in by_user(rows).values():
+        for place in range(1, len(own)):
+            if generator.random() < share:
+                own[place] = (own[place][0], own[int(generator.integers(0, place))][1], own[place][2])
+        found += own
+    return found
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_hidden_order_is_found_inside_days_and_noted_without_times(seed: int) -> None:
+    places = np.random.default_rng(100 + seed).permutation(120).tolist()
+    near = [(user, item, int(START + (time - START) / 8)) for user, item, time in shop(seed)]  # type: ignore[operator]
+    rows = inside_days(near, lambda item: places[int(item[1:])])
+    assert warnings(of(rows)) == ["fixed order inside days"]
+    assert level(of(near), "fixed order inside days") == "ok"
+    hidden = sorted(shop(seed), key=lambda row: (row[0], places[int(row[1][1:])]))
+    found = of(hidden, timed=False)
+    assert warnings(found) == []
+    assert level(found, "fixed order without times") == "note"
+    assert found["fixed_order_untimed"]["agreement"] == pytest.approx(1)
+
+
+def test_an_order_column_does_not_hide_that_ids_are_sorted() -> None:
+    own = by_user(sorted(shop(3), key=lambda row: (row[0], row[1])))
+    rows: Rows = [(user, item, place + 1) for user in own for place, (_, item, _) in enumerate(own[user])]
+    assert warnings(of(rows)) == ["ids ordered like the store's (untimed)"]
+    clean = by_user(shop(3))
+    rows = [(user, item, place + 1) for user in clean for place, (_, item, _) in enumerate(clean[user])]
+    found = of(rows)
+    assert warnings(found) == []
+    assert found["look_ahead"] is None
+    assert not [finding for finding in found["findings"] if finding["check"] == "other users' future"]
+
+
+def test_one_odd_id_does_not_hide_the_order_of_the_others() -> None:
+    number = {f"p{k:04d}": str(k * 7) for k in range(120)}
+    rows = [(user, number[item], time) for user, item, time in shop(1, days=True)]
+    rows = inside_days(rows, int)
+    assert "ids ordered like the store's (ties)" in warnings(of([*rows, ("u0000", "n/a", START + 999 * 86_400)]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ids_numbered_as_they_appear_in_the_file_are_no_stores_order(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    numbers: dict[int, str] = {}
+    rows: Rows = []
+    for user in range(60):
+        drawn = generator.choice(3000, 12, replace=False, p=np.arange(3000, 0, -1) / 4_501_500).tolist()
+        rows += [(f"u{user}", numbers.setdefault(item, str(len(numbers))), None) for item in drawn]
+    assert warnings(of(rows, timed=False)) == []
+
+
+def test_positions_decide_ties_unless_they_number_a_stores_order() -> None:
+    def positioned(rows: Rows) -> dict[str, Any]:
+        own = by_user(rows)
+        frame = pl.DataFrame(
+            [(user, item, START, place) for user in own for place, (_, item, _) in enumerate(own[user])],
+            schema=["user_id", "item_id", "timestamp", "position"],
+            orient="row",
+        )
+        interactions, items = Interactions.from_frame(frame), Items.from_frame(frame.select("item_id").unique())
+        return report(interactions, items, leave_one_out(interactions, items))
+
+    found = positioned(shop(2))
+    assert found["sensitivity"]["expected_changed_share"] > 0.8
+    assert warnings(found) == []
+    assert level(found, "order of ties") == "note"
+    assert "positions decide" in found["findings"][0]["sentence"] + found["findings"][1]["sentence"]
+    store = positioned(sorted(shop(2), key=lambda row: (row[0], row[1])))
+    assert "order of ties" in warnings(store)
+
+
+@pytest.mark.parametrize("unit", ["order", "ms"])
+def test_the_unit_that_was_given_is_believed(unit: Any) -> None:
+    frame = pl.DataFrame(shop(2, users=60), schema=["user_id", "item_id", "timestamp"], orient="row")
+    frame = frame.with_columns(pl.col("timestamp") * 1000)
+    interactions = Interactions.from_frame(frame, timestamp_unit=unit)
+    items = Items.from_interactions(interactions)
+    split = leave_one_out(interactions, items)
+    found = report(interactions, items, split)
+    known = unit != "order"
+    assert found["times"]["unix"] is found["split"]["clock"] is split.clock is known
+    assert (found["ties"]["same_day_share"] is not None) is known
+    assert (split.later_days("test") is not None) is known
+    assert "a unit that is not unix seconds" in page(found).render() or known
+    archive = frame.with_columns(pl.from_epoch(pl.col("timestamp") // 1000 - 1_450_000_000))
+    old = Interactions.from_frame(archive)
+    assert report(old, items, made := leave_one_out(old, items))["ties"]["same_day_share"] is not None
+    assert made.later_days("test") is not None
 
 
 def test_ids_numbered_by_use_are_noted() -> None:
@@ -209,7 +366,7 @@ def test_counts_text_and_unseen_items() -> None:
 
 def test_without_times_what_needs_them_is_none_and_said() -> None:
     found = of(shop(1, users=50), timed=False)
-    for section in ("times", "ties", "sensitivity", "fixed_order", "look_ahead", "seen"):
+    for section in ("times", "ties", "sensitivity", "fixed_order", "fixed_order_day", "look_ahead", "seen"):
         assert found[section] is None
     assert level(found, "timestamps") == "note"
 

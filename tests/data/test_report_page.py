@@ -6,9 +6,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from logs import START, inside_days, logged, shop, split_of
 
+from llmrec.data.interactions import Interactions
+from llmrec.data.protocols import leave_one_out
 from llmrec.data.report import report
 from llmrec.data.report_page import page
 
@@ -94,6 +97,11 @@ def test_logs_without_times_with_counted_times_and_tiny_ones_have_a_page() -> No
     tiny = [("a", "x", START), ("a", "y", START), ("a", "x", START), ("b", "x", START)]
     interactions, items, split = logged(tiny)
     assert "<h2>Entropy</h2>" in page(report(interactions, items, split)).render()
+    # Milliseconds that are taken as an order would be the year 46334.
+    frame = interactions.frame.with_columns(timestamp=pl.col("timestamp") * 1000)
+    ordered = Interactions.from_frame(frame, timestamp_unit="order")
+    made = leave_one_out(ordered, items)
+    assert "in a unit that is not unix seconds" in page(report(ordered, items, made)).render()
     # Numbers that only order interactions, and in another log no known time at all.
     for times in ([1.0, 2.0, 3.0, 4.0], [None] * 4):
         counted = report(interactions, items, split_of([[0, 1, 0], [0]], [times[:3], times[3:]]))

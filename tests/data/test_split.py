@@ -64,6 +64,44 @@ def test_ties_of_the_test_item():
     assert "tied_test_share" not in untimed.summary()
 
 
+def test_what_times_are_taken_for_is_known_or_guessed():
+    histories = {"a": ["1", "2", "3"]}
+    table = table_of("123")
+
+    def made(times, unit="auto", forget=False):
+        log = log_of(histories).frame.with_columns(timestamp=pl.Series(times))
+        log = Interactions.from_frame(log, timestamp_unit=unit)
+        return leave_one_out(Interactions(log.frame) if forget else log, table)
+
+    day = 86_400
+    seconds = [day * 15_000, day * 15_001, day * 15_002]
+    thousands = [1000 * time for time in seconds]
+    assert leave_one_out(log_of(histories), table).clock is False
+    assert made(seconds).clock is made(seconds, forget=True).clock is made(thousands, "ms").clock is True
+    assert made([1, 2, 3]).clock is made([1, 2, 3], forget=True).clock is made(thousands, "order").clock is False
+    assert made(seconds, "order").clock is False
+    assert made(thousands, "order").later_days("test") is None
+    assert made(thousands, "order", forget=True).clock is False  # the year 43000 is none
+    archive = made(["1974-01-01", "1974-01-02", "1974-01-02"])
+    assert archive.clock is True
+    assert archive.later_days("valid").tolist() == [True]
+    assert {made(seconds, unit).content_hash for unit in ("s", "order")} == {made(thousands, "ms").content_hash}
+
+
+def test_positions_decide_if_they_order_every_tie():
+    def decide(times, positions):
+        rows = {"user_id": ["a", "a", "a", "b"], "item_id": ["1", "2", "3", "1"], "timestamp": times}
+        log = pl.DataFrame(rows | ({"position": positions} if positions else {}))
+        return leave_one_out(Interactions.from_frame(log), table_of("123")).positions_decide
+
+    assert decide([5, 5, 6, 6], [0, 1, 2, 0])
+    assert decide([5, 5, 5, 6], [7, 3, 5, 0])
+    assert not decide([5, 5, 6, 6], None)
+    assert not decide([5, 5, 6, 6], [1, 1, 2, 0])
+    assert not decide([5, 5, 6, 6], [0, 1, None, 0])
+    assert not decide([4, 5, 6, 6], [0, 1, 2, 0])  # no tie to decide
+
+
 def test_the_hash_is_of_the_content_alone(tmp_path):
     histories = {"a": ["1", "2", "3"], "b": ["2", "3"]}
     log = log_of(histories, [1, 2, 3, 4, 5])
