@@ -106,7 +106,7 @@ ValidTime = Annotated[
     typer.Option(
         "--valid-time",
         metavar="TIME",
-        help="global-temporal: when training ends, unix seconds or ISO 8601 (UTC); default: by share.",
+        help="global-temporal: when training ends, unix seconds or ISO 8601 (UTC, also YYYYMMDD); default: by share.",
         rich_help_panel=_SPLIT,
     ),
 ]
@@ -134,7 +134,7 @@ MinHistory = Annotated[
 ]
 SplitSeed = Annotated[
     int,
-    typer.Option("--split-seed", help="cold-users: the seed by which users are drawn.", rich_help_panel=_SPLIT),
+    typer.Option("--split-seed", min=0, help="cold-users: the seed by which users are drawn.", rich_help_panel=_SPLIT),
 ]
 TieOrder = Annotated[
     Literal["stable", "shuffle"],
@@ -144,7 +144,7 @@ TieOrder = Annotated[
         rich_help_panel=_SPLIT,
     ),
 ]
-TieSeed = Annotated[int, typer.Option("--tie-seed", help="The seed of shuffled ties.", rich_help_panel=_SPLIT)]
+TieSeed = Annotated[int, typer.Option("--tie-seed", min=0, help="The seed of shuffled ties.", rich_help_panel=_SPLIT)]
 
 
 def columns(

@@ -25,8 +25,10 @@ from llmrec.data.interactions import Interactions
 from llmrec.data.items import Items
 from llmrec.data.table import open_table
 from llmrec.data.timestamps import TimestampUnit
+from llmrec.exceptions import DataError
 from llmrec.storage import write_json
 
+_CLOCK = (315_532_800, 4_102_444_800)  # 1980 to 2100 in unix seconds: a number outside is no time, but an order's
 _SIGNS = {"ok": ("ok", "green"), "note": ("note", "blue"), "warning": ("warning", "bold yellow")}
 
 
@@ -48,9 +50,19 @@ class Sources:
     timestamp_unit: TimestampUnit
     invalid_rows: Literal["error", "drop"]
 
-    def read_interactions(self, source: str | None = None) -> Interactions:
-        """The log, or another one that is read alike."""
-        return Interactions.read(source or self.interactions, self.names, self.timestamp_unit, self.invalid_rows)
+    def read_interactions(self) -> Interactions:
+        """The log."""
+        return Interactions.read(self.interactions, self.names, self.timestamp_unit, self.invalid_rows)
+
+    def read_pairs(self, source: str) -> Interactions:
+        """Users and items of another log, which calls them as this one does, or else by their canonical names."""
+        columns = open_table(source).columns
+        chosen = {USER: self.names.user, ITEM: self.names.item}
+        user, item = (
+            name if {name, name.split(":")[0]} & set(columns) else canonical for canonical, name in chosen.items()
+        )
+        pairs = ColumnNames(user, item, timestamp="", position="", rating="", action="", domain="", weight="")
+        return Interactions.read(source, pairs, invalid=self.invalid_rows)
 
     def read_items(self, interactions: Interactions) -> Items:
         """The table, or where there is none the ids of the interactions; with a row for every item of those."""
@@ -63,7 +75,7 @@ def clean(sources: Sources, out: Path, json_file: Path | None, **settings: Any) 
     """Reads, cleans, writes interactions.parquet, items.parquet and, last, cleaning.json; prints the account.
 
     Raises:
-        DataError: if the sources cannot be read, or the settings leave nothing.
+        DataError: if the sources cannot be read, the settings leave nothing, or the folder cannot be written.
     """
     console = _console()
     with _observed() as announce:
@@ -82,13 +94,14 @@ def clean(sources: Sources, out: Path, json_file: Path | None, **settings: Any) 
             interactions, items, flaws=flaws, **settings, announce=lambda step: announce(step, None)
         )
         announce("writing", None)
-        out.mkdir(parents=True, exist_ok=True)
-        # Until the end, the folder's files may be of two runs, and there is no account of them.
-        (out / "cleaning.json").unlink(missing_ok=True)
-        interactions.write(out / "interactions.parquet")
-        items.write(out / "items.parquet")
-        for file in {out / "cleaning.json", json_file or out / "cleaning.json"}:
-            write_json(file, report.document())
+        with _writing():
+            out.mkdir(parents=True, exist_ok=True)
+            # Until the end, the folder's files may be of two runs, and there is no account of them.
+            (out / "cleaning.json").unlink(missing_ok=True)
+            interactions.write(out / "interactions.parquet")
+            items.write(out / "items.parquet")
+            for file in {out / "cleaning.json", json_file or out / "cleaning.json"}:
+                write_json(file, report.document())
     console.print(_account(report))
     for part, reasons in report.left_out.items():
         for reason, count in reasons.items():
@@ -111,7 +124,7 @@ def convert(
     """Writes a source as canonical parquet, and says which columns, unit and rows it held.
 
     Raises:
-        DataError: if it cannot be read.
+        DataError: if it cannot be read, or the file cannot be written.
     """
     console = _console()
     with _observed() as announce:
@@ -124,7 +137,8 @@ def convert(
             items = Items.read(source, names, invalid_rows)
             frame = items.frame
         announce("writing", None)
-        interactions.write(out) if kind == "interactions" else items.write(out)
+        with _writing():
+            interactions.write(out) if kind == "interactions" else items.write(out)
     _say(console, f"{table.name} ({table.kind}) has the columns {', '.join(table.columns)}")
     console.print(_columns(frame))
     if kind == "interactions":
@@ -140,7 +154,7 @@ def split(sources: Sources, arguments: SplitArguments, out: Path, json_file: Pat
     """Splits, and writes train.parquet, valid.parquet, test.parquet and, last, split.json.
 
     Raises:
-        DataError: if the sources cannot be read, or cannot be split so.
+        DataError: if the sources cannot be read, cannot be split so, or the files cannot be written.
     """
     console = _console()
     with _observed() as announce:
@@ -149,11 +163,12 @@ def split(sources: Sources, arguments: SplitArguments, out: Path, json_file: Pat
         items = sources.read_items(interactions)
         announce("splitting", None)
         made = arguments.make(interactions, items)
-        write_split(made, out, announce)
-    document = json.loads((out / "split.json").read_text(encoding="utf-8"))
-    if json_file is not None:
-        write_json(json_file, document)
-    console.print(_pairs(document["protocol"] | document["counts"]))
+        with _writing():
+            write_split(made, out, announce)
+            document = json.loads((out / "split.json").read_text(encoding="utf-8"))
+            if json_file is not None:
+                write_json(json_file, document)
+    console.print(_pairs(document["protocol"] | document["counts"], bool(made.clock)))
     _say(console, f"content hash {made.content_hash}")
     _say(console, f"{out}: train.parquet, valid.parquet, test.parquet, split.json")
 
@@ -169,7 +184,7 @@ def report(
     """Makes the data report, writes the files asked for, and prints its findings.
 
     Raises:
-        DataError: if the sources cannot be read, or cannot be split so.
+        DataError: if the sources cannot be read, cannot be split so, or the files cannot be written.
     """
     from llmrec.data.report import report as examine
     from llmrec.data.report_page import page
@@ -179,21 +194,33 @@ def report(
         announce("reading", None)
         interactions = sources.read_interactions()
         items = sources.read_items(interactions)
-        other = None if seen is None else sources.read_interactions(seen)
+        other = None if seen is None else sources.read_pairs(seen)
         announce("splitting", None)
         made = arguments.make(interactions, items)
         announce("looking", None)
         found = examine(interactions, items, made, seed=seed, seen=other)
         announce("writing", None)
-        if json_file is not None:
-            write_json(json_file, found)
-        if html_file is not None:
-            page(found).write(html_file)
+        with _writing():
+            if json_file is not None:
+                write_json(json_file, found)
+            if html_file is not None:
+                page(found).write(html_file)
     console.print(_pairs(found["counts"]))
     console.print(_findings(found["findings"]))
     for file in (json_file, html_file):
         if file is not None:
             _say(console, str(file))
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Turns what the file system refuses into a DataError that names the path."""
+    try:
+        yield
+    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        # Of two names, as of a renaming, the second is the one that was asked for.
+        path = error.filename2 or error.filename
+        raise DataError(f"{path} cannot be written: {error.strerror}. Name another file or folder.") from error
 
 
 def _account(report: CleaningReport) -> Table:
@@ -227,15 +254,15 @@ def _columns(frame: pl.DataFrame) -> Table:
     return table
 
 
-def _pairs(values: dict[str, Any]) -> Table:
-    """Names and what they stand for; what is neither a number nor a word stays in the file."""
+def _pairs(values: dict[str, Any], clock: bool = False) -> Table:
+    """Names and what they stand for, times as dates if they are a clock's; other values stay in the file."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column("name")
     table.add_column("value", justify="right")
     for name, value in values.items():
         if not isinstance(value, str | int | float):
             continue
-        if name.endswith("_time") and not isinstance(value, str):
+        if clock and name.endswith("_time") and not isinstance(value, str) and _CLOCK[0] <= value < _CLOCK[1]:
             shown = datetime.fromtimestamp(value, UTC).isoformat(timespec="seconds")
         elif isinstance(value, float):
             shown = f"{value:,.6g}"

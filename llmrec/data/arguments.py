@@ -1,8 +1,10 @@
 """The flags that scripts and commands share: the files' own column names, and how interactions are split."""
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -102,7 +104,10 @@ class SplitArguments:
     test_share: float = field(default=0.1, metadata={"help": "Share for the test, likewise."})
     valid_time: str | None = field(
         default=None,
-        metadata={"help": "global-temporal: when training ends, unix seconds or ISO 8601 (UTC); default: by share."},
+        metadata={
+            "help": "global-temporal: when training ends, unix seconds or ISO 8601 (UTC, also YYYYMMDD); "
+            "default: by share."
+        },
     )
     test_time: str | None = field(default=None, metadata={"help": "global-temporal: when the test begins, likewise."})
     targets: Literal["all", "first"] = field(
@@ -122,6 +127,9 @@ class SplitArguments:
         """The split of these interactions; raises DataError if they cannot be split so."""
         from llmrec.data import protocols
 
+        for name, seed in (("--split-seed", self.split_seed), ("--tie-seed", self.tie_seed)):
+            if seed < 0:
+                raise DataError(f"{name} is {seed}, but a seed is not negative. Give 0 or more.")
         if self.ties == "shuffle":
             interactions = interactions.shuffled_ties(self.tie_seed)
         if self.split == "leave-one-out":
@@ -150,22 +158,44 @@ class SplitArguments:
             values["split_seed"] = values.pop("seed")
         for name in ("valid_time", "test_time"):
             if name in values:
-                values[name] = repr(values[name])
+                # With a point, by which a number of eight digits is no day.
+                values[name] = repr(float(values[name]))
         return cls(**values)
 
 
 def _seconds(moment: str | None) -> float | None:
-    """Unix seconds, from a number or an ISO 8601 date; without a zone it is UTC."""
+    """Unix seconds, from a number or an ISO 8601 date; without a zone it is UTC.
+
+    Eight digits are a day (YYYYMMDD) where they can be one from 1980 to 2100, as the reader of times takes them.
+    """
     if moment is None:
         return None
+    text = moment.strip()
+    seconds = _number(text)
+    if seconds is not None and not _is_day(text):
+        return seconds
     try:
-        return float(moment)
-    except ValueError:
-        pass
-    try:
-        parsed = datetime.fromisoformat(moment)
+        parsed = datetime.fromisoformat(text)
     except ValueError as error:
         raise DataError(
             f"{moment!r} is neither unix seconds nor an ISO 8601 time. Write 1400000000 or 2014-05-13."
         ) from error
     return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _is_day(text: str) -> bool:
+    if not re.fullmatch(r"[0-9]{8}", text) or not "1980" <= text[:4] <= "2100":
+        return False
+    try:
+        date(int(text[:4]), int(text[4:6]), int(text[6:]))
+    except ValueError:
+        return False
+    return True

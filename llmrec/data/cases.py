@@ -1,5 +1,6 @@
 """A split as tables of ids: training as a log, validation and test as one row per case."""
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from llmrec.data.columns import ACTION, DOMAIN, ITEM, TIMESTAMP, USER
 from llmrec.data.split import Part, Split
 from llmrec.storage import atomic_path, write_json
 
+logger = logging.getLogger(__name__)
+
 HISTORY = "history"
 TARGET = "target"
 COUNTED = "counted"
@@ -19,11 +22,28 @@ _BATCH = 1 << 20  # ids of histories that are held in memory at once
 
 
 def training_frame(split: Split) -> pl.DataFrame:
-    """Training as canonical interactions: user_id, item_id and, where known, timestamp, action and domain."""
+    """Training as canonical interactions: user_id, item_id and, where known, timestamp, action and domain.
+
+    What `Interactions` reads from it has the split's order. A log orders users of whom some times are missing by their
+    place in the file; if training holds only times of such a user, and they run backwards, a reader would sort them.
+    Times earlier than one before them are therefore left out, and counted in a warning.
+    """
     inside = np.flatnonzero(split.in_training)
-    return pl.DataFrame({USER: _users(split, split.owner[inside]), ITEM: _items(split, split.rows[inside])}).hstack(
+    frame = pl.DataFrame({USER: _users(split, split.owner[inside]), ITEM: _items(split, split.rows[inside])}).hstack(
         _context(split, inside)
     )
+    if TIMESTAMP not in frame.columns:
+        return frame
+    times = pl.DataFrame({"user": split.owner[inside], "time": frame[TIMESTAMP]})
+    backwards = times.select((pl.col("time") < pl.col("time").cum_max().over("user")).fill_null(False)).to_series()
+    if backwards.any():
+        row = int(backwards.arg_max() or 0)
+        logger.warning(
+            "%d time(s) of training run backwards in a user's order, such as %s of user %r; they are written as "
+            "unknown, because a reader would sort by them: to order these users by time, drop rows without a time",
+            *(backwards.sum(), frame[TIMESTAMP][row], frame[USER][row]),
+        )
+    return frame.with_columns(frame[TIMESTAMP].set(backwards, None))
 
 
 def case_frame(split: Split, part: Part, start: int = 0, stop: int | None = None) -> pl.DataFrame:

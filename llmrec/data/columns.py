@@ -1,6 +1,7 @@
 """The names of columns: the canonical ones, which exist here once, and those of a user's file."""
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
@@ -34,7 +35,7 @@ _ALIASES = {
     WEIGHT: ("weight", "interactionweight", "sampleweight"),
     TITLE: ("title", "name", "producttitle", "productname", "movietitle", "itemtitle", "itemname"),
 }
-_FLAGS = {
+FLAGS = {
     USER: "--user-column",
     ITEM: "--item-column",
     TIMESTAMP: "--timestamp-column",
@@ -45,6 +46,10 @@ _FLAGS = {
     WEIGHT: "--weight-column",
     TITLE: "--title-column",
 }
+
+
+NO_HEADER = "It seems to have no header: write the names of the columns into its first line, such as user_id,item_id"
+_VALUE = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?")
 
 
 @dataclass(frozen=True)
@@ -110,17 +115,7 @@ class ColumnNames:
         >>> ColumnNames().find(ITEM, ["userId", "parent_asin", "asin"], "reviews.csv")
         'parent_asin'
         """
-        wanted = {
-            USER: self.user,
-            ITEM: self.item,
-            TIMESTAMP: self.timestamp,
-            POSITION: self.position,
-            RATING: self.rating,
-            ACTION: self.action,
-            DOMAIN: self.domain,
-            WEIGHT: self.weight,
-            TITLE: self.title,
-        }[canonical]
+        wanted = self._name(canonical)
         if wanted == "" and not required:
             return None
         if wanted in available:
@@ -139,8 +134,34 @@ class ColumnNames:
                 return None
         raise DataError(
             f"{source} has no column {wanted!r}; its columns are {', '.join(map(repr, available))}. "
-            f"Say which one it is with {_FLAGS[canonical]} NAME."
+            + (f"{NO_HEADER}." if are_values(available) else f"Say which one it is with {FLAGS[canonical]} NAME.")
         )
+
+    def is_chosen(self, canonical: str) -> bool:
+        """Whether the user named the column that plays this part, or said that none does."""
+        return self._name(canonical) != canonical
+
+    def _name(self, canonical: str) -> str:
+        return {
+            USER: self.user,
+            ITEM: self.item,
+            TIMESTAMP: self.timestamp,
+            POSITION: self.position,
+            RATING: self.rating,
+            ACTION: self.action,
+            DOMAIN: self.domain,
+            WEIGHT: self.weight,
+            TITLE: self.title,
+        }[canonical]
+
+
+def are_values(names: Sequence[str]) -> bool:
+    """Whether a header reads like a first row: one of its names is a number.
+
+    >>> are_values(["u1", "17", "1400000000"]), are_values(["user_id", "item_id"])
+    (True, False)
+    """
+    return any(_VALUE.fullmatch(name.strip()) for name in names)
 
 
 def _plain(name: str) -> str:

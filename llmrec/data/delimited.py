@@ -5,6 +5,7 @@ from pathlib import Path
 
 import polars as pl
 
+from llmrec.data.columns import NO_HEADER, are_values
 from llmrec.data.lines import READING_ERRORS, raise_located
 from llmrec.data.source import Source, Table
 from llmrec.exceptions import DataError
@@ -45,15 +46,18 @@ def open_delimited(path: Path, separator: str, names: Sequence[str] | None = Non
             lazy = scan() if columns is None else scan().select(list(columns))
             return lazy.collect(engine="streaming"), Source(str(path))
         except READING_ERRORS as error:
-            raise_located(path, error)
+            raise_located(path, error, separator=separator)
 
     try:
         columns = scan().collect_schema().names()
     except READING_ERRORS as error:
-        raise_located(path, error)
+        raise_located(path, error, separator=separator)
+    if any("\r" in name for name in columns):
+        raise DataError(f"{path} has lines that end with a carriage return alone. Convert them with tr '\\r' '\\n'.")
     # What polars calls the second of two columns of one name.
     for name in columns:
         original, mark, number = name.rpartition("_duplicated_")
         if mark and number.isdigit() and original in columns:
-            raise DataError(f"{path} has the column {original!r} more than once. Rename or remove one of them.")
+            advice = f"{NO_HEADER}." if are_values(columns) else "Rename or remove one of them."
+            raise DataError(f"{path} has the column {original!r} more than once. {advice}")
     return Table(str(path), "delimited", columns, load)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from llmrec.data.columns import ITEM, TITLE, ColumnNames
+from llmrec.data.items import clean_titles
 from llmrec.data.source import Source
 from llmrec.data.values import check_ids
 
@@ -37,7 +38,7 @@ def find_flaws(
     """Looks a frame over that `Items.from_frame` takes; rows without an id of their own are passed over.
 
     Raises:
-        DataError: if a column that was chosen, or that of ids, is not there.
+        DataError: if a column that was chosen, or that of ids, is not there, or that of titles holds no text.
 
     >>> find_flaws(pl.DataFrame({"item_id": [1, 2], "title": ["Salt &amp; Pepper", " "]})).untitled
     ['2']
@@ -52,27 +53,22 @@ def find_flaws(
     # What bears a canonical name without playing its part is not read.
     names = [name for name in frame.columns if name == title or name not in (item, ITEM, TITLE)]
     frame, ids = frame.select(names).filter(kept), ids.filter(kept)
-    filled = pl.zeros(len(frame), dtype=pl.Boolean, eager=True)
+    # As the reader takes them, which finds no words in "[]".
+    titles = [None] * len(frame) if title is None else clean_titles(frame[title], source)
     escaped = []
     for name in frame.columns:
         cells = _cells(frame[name])
         if cells is None:
-            if name == title:
-                filled = frame[name].is_not_null()
             continue
         # Python is asked about the few cells alone that may hold an entity.
         odd = cells.filter(pl.col("text").str.contains("&", literal=True)).with_columns(
             pl.col("text").map_elements(html.unescape, return_dtype=pl.String).alias("plain")
         )
-        if name == title:
-            words = pl.concat([cells.join(odd, on=["row", "text"], how="anti"), odd.select("row", text="plain")])
-            present = words.filter(pl.col("text").str.strip_chars() != "")["row"].unique()
-            filled = pl.int_range(len(frame), eager=True).is_in(present.implode())
         odd = odd.filter(pl.col("text") != pl.col("plain")).unique("row", maintain_order=True)
         escaped.append(odd.select("row", "text", column=pl.lit(name)))
     cells_found = pl.concat(escaped) if escaped else pl.DataFrame({"row": [], "text": [], "column": []})
     return Flaws(
-        untitled=ids.filter(~filled).to_list(),
+        untitled=[item for item, words in zip(ids.to_list(), titles, strict=True) if not words],
         escaped_texts=len(cells_found),
         escaped_items=cells_found["row"].n_unique(),
         examples=[

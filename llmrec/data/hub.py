@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import polars as pl
-from polars.exceptions import PolarsError
 
+from llmrec.data.shards import join_parts
 from llmrec.data.source import Source, Table
 from llmrec.exceptions import DataError, DependencyError
 
@@ -75,12 +75,8 @@ def open_hub(text: str) -> Table:
         frames = _located(text, lambda: list(_batches(streamed, wanted, text)))
         if not frames:
             return pl.DataFrame(), Source(text)
-        try:
-            return pl.concat(frames, how="diagonal_relaxed", rechunk=False).select(wanted), Source(text)
-        except PolarsError as error:
-            raise DataError(
-                f"{text} holds columns whose type changes: {str(error).splitlines()[0]}. Name columns of one type."
-            ) from error
+        batches = [f"a batch of {text}"] * len(frames)
+        return join_parts(frames, batches, text).select(wanted), Source(text)
 
     return Table(text, "Hub", columns, load)
 

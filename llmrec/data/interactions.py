@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -9,7 +10,18 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from llmrec.data.columns import ACTION, DOMAIN, ITEM, POSITION, RATING, TIMESTAMP, USER, WEIGHT, ColumnNames
+from llmrec.data.columns import (
+    ACTION,
+    DOMAIN,
+    FLAGS,
+    ITEM,
+    POSITION,
+    RATING,
+    TIMESTAMP,
+    USER,
+    WEIGHT,
+    ColumnNames,
+)
 from llmrec.data.source import Source
 from llmrec.data.table import open_table
 from llmrec.data.timestamps import TimestampUnit, check_times
@@ -23,6 +35,21 @@ InvalidRows = Literal["error", "drop"]
 
 _OPTIONAL = (TIMESTAMP, POSITION, RATING, ACTION, DOMAIN, WEIGHT)
 _ORDER = "order"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the rows of a sorted frame stood.
+
+    Attributes:
+        source: what was read.
+        height: how many rows it has.
+        rows: (M,) the row of the source, from 0, of every row of the frame; None if they are the same.
+    """
+
+    source: Source
+    height: int
+    rows: npt.NDArray[np.uint32] | None
 
 
 class Interactions:
@@ -48,12 +75,14 @@ class Interactions:
         rows_without_timestamp: int = 0,
         time_unit: str | None = None,
         dropped: Mapping[str, int] | None = None,
+        origin: "Origin | None" = None,
     ) -> None:
         """Wraps a frame that is canonical and sorted already; `read` and `from_frame` make it so."""
         self.frame = frame
         self.rows_without_timestamp = rows_without_timestamp
         self.time_unit = time_unit
         self.dropped: dict[str, int] = dict(dropped or {})
+        self._origin = origin
         self._users: list[str] | None = None
 
     def __len__(self) -> int:
@@ -118,18 +147,32 @@ class Interactions:
             raise DataError(f"{source} has no rows. Give at least one interaction.")
         found = _found(columns, frame.columns, str(source))
         made, faults, time_unit = _canonical(frame, found, source, unit)
-        frame, dropped = _without_faults(made, faults, source, invalid)
+        frame, kept, dropped = _without_faults(made, faults, source, invalid)
         missing = frame[TIMESTAMP].null_count() if TIMESTAMP in frame.columns else 0
         empty = [name for name in _OPTIONAL if name in frame.columns and frame[name].null_count() == frame.height]
         if TIMESTAMP in empty:
             missing, time_unit = 0, None
             empty += [_ORDER]
-        return cls(_ordered(frame.drop(empty)), missing, time_unit, dropped)
+        ordered, order = _ordered(frame.drop(empty))
+        origin = Origin(source, len(made), _places(kept, order))
+        return cls(ordered, missing, time_unit, dropped, origin)
 
     def histories(self) -> dict[str, list[str]]:
         """Every user's item ids, oldest first; users in order of first appearance. For data that fits into lists."""
         grouped = self.frame.group_by(USER, maintain_order=True).agg(ITEM)
         return dict(zip(grouped[USER].to_list(), grouped[ITEM].to_list(), strict=True))
+
+    def first_read(self, rows: pl.Series) -> tuple[int, str | None]:
+        """Of the rows that are True, at least one, that which stood first in the source: its place, and its name.
+
+        The name, such as "log.csv, row 3 of 10", is None where the source is not known; the place is then the first.
+        """
+        places = rows.arg_true().to_numpy()
+        if self._origin is None:
+            return int(places[0]), None
+        read = places if self._origin.rows is None else self._origin.rows[places]
+        first = int(np.argmin(read))
+        return int(places[first]), self._origin.source.at(int(read[first]), self._origin.height)
 
     def tie_groups(self) -> npt.NDArray[np.int64]:
         """(M,) the number of every row's tie group: consecutive rows of one user that have the same known time.
@@ -173,11 +216,21 @@ def _found(columns: ColumnNames, available: Sequence[str], source: str) -> dict[
         USER: columns.find(USER, available, source, required=True),
         ITEM: columns.find(ITEM, available, source, required=True),
     }
-    for name in _OPTIONAL:
-        column = columns.find(name, available, source)
+    # What the user chose comes first, and nothing else is found in it.
+    for name in sorted(_OPTIONAL, key=lambda name: not columns.is_chosen(name)):
+        free = [column for column in available if columns.is_chosen(name) or column not in found.values()]
+        column = columns.find(name, free, source)
         if column is not None:
             found[name] = column
-    return found
+    parts: dict[str, str] = {}
+    for name, column in found.items():
+        if column in parts:
+            raise DataError(
+                f"{source}: the column {column!r} is taken for {parts[column]} and for {name}. Name another one with "
+                f"{FLAGS[parts[column]]} or {FLAGS[name]}."
+            )
+        parts[column] = name
+    return {name: found[name] for name in (USER, ITEM, *_OPTIONAL) if name in found}
 
 
 def _canonical(
@@ -206,7 +259,8 @@ def _canonical(
 
 def _without_faults(
     frame: pl.DataFrame, faults: list[tuple[str, Fault]], source: Source, invalid: InvalidRows
-) -> tuple[pl.DataFrame, dict[str, int]]:
+) -> tuple[pl.DataFrame, pl.Series | None, dict[str, int]]:
+    """The rows without a fault; which rows these are, or None for all; how many went, by column."""
     if invalid == "error":
         refuse([fault for _, fault in faults], source)
     elif invalid != "drop":
@@ -219,17 +273,28 @@ def _without_faults(
             dropped[name] = dropped.get(name, 0) + new
         bad |= fault.rows
     if not faults:
-        return frame, dropped
+        return frame, None, dropped
     frame = frame.filter(~bad)
     if frame.height == 0:
         raise DataError(
             f"All {len(bad)} rows of {source} are invalid. Look at the warnings; a column may be taken for another."
         )
-    return frame, dropped
+    return frame, ~bad, dropped
 
 
-def _ordered(frame: pl.DataFrame) -> pl.DataFrame:
-    """Rows by user, time, position and place, as the class says; the raw numbers of times leave."""
+def _places(kept: pl.Series | None, order: npt.NDArray[np.int64] | None) -> npt.NDArray[np.uint32] | None:
+    """The source's row of every row that was kept and then sorted; None if nothing moved."""
+    if kept is None:
+        return None if order is None else order.astype(np.uint32)
+    rows = kept.arg_true().to_numpy().astype(np.uint32)
+    return rows if order is None else rows[order]
+
+
+def _ordered(frame: pl.DataFrame) -> tuple[pl.DataFrame, npt.NDArray[np.int64] | None]:
+    """Rows by user, time, position and place, as the class says, without the raw numbers of times.
+
+    Also the place of each before, or None if none moved.
+    """
     rows = frame.select(USER).with_row_index("row")
     keys = [rows.select(pl.col("row").min().over(USER))["row"].to_numpy()]
     for name in (_ORDER, POSITION):
@@ -246,11 +311,11 @@ def _ordered(frame: pl.DataFrame) -> pl.DataFrame:
     if packed is None:
         order = np.lexsort(keys[::-1])
     elif (packed[1:] >= packed[:-1]).all():
-        return frame
+        return frame, None
     else:
         order = np.argsort(packed, kind="stable")
     ordered: pl.DataFrame = frame.rechunk()[order]
-    return ordered
+    return ordered, order
 
 
 def _packed(keys: Sequence[npt.NDArray[Any]]) -> npt.NDArray[np.int64] | None:

@@ -126,8 +126,16 @@ class Items:
             logger.warning("%s: columns of bytes are left out: %s", source, ", ".join(binary))
             others = [name for name in others if name not in binary]
         cleaned = {name: _clean(frame[name]) for name in others}
-        titles: list[str | None] = _titles(frame[title], source) if title else [None] * frame.height
+        titles: list[str | None] = clean_titles(frame[title], source) if title else [None] * frame.height
         missing = [row for row, value in enumerate(titles) if not value]
+        if missing:
+            row = int(kept.arg_true()[missing[0]])
+            logger.warning(
+                "%d item(s) have no title, such as %s (item %r); their first other text, or else their id, stands in: "
+                "%s, or clean with --empty-titles drop",
+                *(len(missing), source.at(row, len(kept)), ids[missing[0]]),
+                "fill them in" if title else "there is no title column, name it with --title-column",
+            )
         canonical = pl.DataFrame({ITEM: ids, **cleaned})
         candidates = [cleaned[name].to_list() for name in others if _reads_like_text(cleaned[name])]
         for row in missing:
@@ -145,12 +153,18 @@ class Items:
 
     def with_missing(self, interactions: Interactions) -> "Items":
         """These items and, after them, those that occur in the interactions alone, with their id for a title."""
-        used = interactions.frame[ITEM].unique(maintain_order=True)
+        used = interactions.frame[ITEM].unique(maintain_order=True).cast(pl.String)
         known = set(self.ids)
         new = [item for item in used.to_list() if item not in known]
         if not new:
             return self
-        logger.warning("%d item(s) of the interactions are not in the item table, such as %r", len(new), new[0])
+        unknown = interactions.frame[ITEM].cast(pl.String).is_in(pl.Series(new, dtype=pl.String).implode())
+        first, where = interactions.first_read(unknown)
+        logger.warning(
+            "%d item(s) of the interactions are not in the item table, such as %r%s; they are kept with their id as "
+            "title: add them to the table, or clean with --unknown-items drop",
+            *(len(new), str(interactions.frame[ITEM][first]), f" ({where})" if where else ""),
+        )
         added = pl.DataFrame({ITEM: new, TITLE: new}, schema={ITEM: pl.String, TITLE: pl.String})
         frame = pl.concat([self.frame, added], how="diagonal")
         return Items(frame, self.missing_titles + len(new), self.appended + len(new), self.text_columns, self.dropped)
@@ -182,12 +196,13 @@ class Items:
                     f"The items have no column {name!r}; their columns are {', '.join(self.frame.columns)}. "
                     "Choose text columns among these."
                 )
-            parts.append((name.split(":")[0].replace("_", " "), self.frame[name].to_list()))
+            values = self.frame[name].fill_nan(None) if self.frame[name].dtype.is_float() else self.frame[name]
+            parts.append((name.split(":")[0].replace("_", " "), values.to_list()))
         texts = []
         for row, title in enumerate(self.titles):
             text = _sentence(title)
-            for label, values in parts:
-                value = "" if values[row] is None else str(values[row])
+            for label, cells in parts:
+                value = "" if cells[row] is None else str(cells[row])
                 if _has_words(value) and _sentence(value).casefold() != _sentence(title).casefold():
                     text += f" {label}: {_sentence(value)}"
             texts.append(_shorten(text, MAX_TEXT))
@@ -262,9 +277,14 @@ def _vectors(values: pl.Series) -> pl.Series:
     return values if numbers.list.eval(pl.element().is_null()).list.any().any() else numbers
 
 
-def _titles(values: pl.Series, source: Source) -> list[str | None]:
-    """A title column, cleaned, as strings; raises DataError for one that holds neither text nor numbers."""
+def clean_titles(values: pl.Series, source: Source) -> list[str | None]:
+    """A title column, cleaned, as strings, None or empty where there is none; NaN is none.
+
+    Raises:
+        DataError: if it holds neither text nor numbers.
+    """
     cleaned = values if isinstance(values.dtype, pl.Struct) else _clean(values)
+    cleaned = cleaned.fill_nan(None) if cleaned.dtype.is_float() else cleaned
     if cleaned.dtype != pl.String and not cleaned.dtype.is_numeric() and cleaned.dtype != pl.Null:
         raise DataError(
             f"{source}: the title column {values.name!r} holds {values.dtype}, which is no text. "

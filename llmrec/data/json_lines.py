@@ -44,7 +44,7 @@ def open_literals(path: Path) -> Table:
         with open(converted, "w", encoding="utf-8") as file:
             for number, row in _literals(path):
                 try:
-                    file.write(json.dumps(row) + "\n")
+                    file.write(json.dumps(row, allow_nan=False) + "\n")
                 except (TypeError, ValueError, RecursionError) as error:
                     raise DataError(
                         f"{path}, line {number}: the literal holds what JSON cannot ({error}). Keep text, numbers, "

@@ -9,9 +9,12 @@ import polars as pl
 from polars.exceptions import PolarsError
 
 from llmrec.data.source import Source, Table
+from llmrec.data.values import EXACT, decimal_text, whole_floats
 from llmrec.exceptions import DataError
 
 logger = logging.getLogger(__name__)
+
+_TEXT = (pl.String, pl.Categorical, pl.Enum)
 
 
 def open_shards(folder: Path, open_file: Callable[[Path], Table]) -> Table:
@@ -79,16 +82,68 @@ def open_shards(folder: Path, open_file: Callable[[Path], Table]) -> Table:
             logger.warning("%s: %d file(s) hold no rows, such as %s", folder, len(bare), bare[0])
         if not frames:
             return pl.DataFrame(), Source(str(folder))
-        try:
-            joined = pl.concat(frames, how="diagonal_relaxed", rechunk=False)
-        except PolarsError as error:
-            raise DataError(
-                f"The files of {folder} hold columns of types that do not join: {str(error).splitlines()[0]}. Write "
-                "every column with one type."
-            ) from error
+        joined = join_parts(frames, [str(source) for source, _ in parts], str(folder))
         return joined.select(wanted), Source.joined(str(folder), parts)
 
     return Table(str(folder), first.kind, columns, load)
+
+
+def join_parts(frames: Sequence[pl.DataFrame], names: Sequence[str], whole: str) -> pl.DataFrame:
+    """Tables one after another, of which a column may have one type here and another there; an absent one is null.
+
+    A float where other parts have text or integers is what a tool made of an integer when it met a gap: 7.0 becomes
+    7, by the value where there is text, and by the column where all its numbers are whole and there are integers.
+
+    Args:
+        frames: one table per part.
+        names: the parts' names, for messages.
+        whole: the name of all, for messages.
+
+    Raises:
+        DataError: if types do not join, or a float beside text is so long that its last digits are lost.
+    """
+    schemas = [frame.schema for frame in frames]
+    for column in dict.fromkeys(name for schema in schemas for name in schema):
+        kinds = {schema[column] for schema in schemas if column in schema} - {pl.Null()}
+        if len(kinds) == 1:
+            continue
+        text = any(isinstance(kind, _TEXT) for kind in kinds)
+        exact = any(kind.is_integer() or kind.is_decimal() for kind in kinds)
+        if text or exact:
+            alike = _as_text if text else _as_integers
+            frames = [
+                frame.with_columns(alike(frame[column], name)) if column in frame.columns else frame
+                for frame, name in zip(frames, names, strict=True)
+            ]
+    try:
+        return pl.concat(frames, how="diagonal_relaxed", rechunk=False)
+    except PolarsError as error:
+        raise DataError(
+            f"The parts of {whole} hold columns of types that do not join: {str(error).splitlines()[0]}. Write every "
+            "column with one type."
+        ) from error
+
+
+def _as_integers(values: pl.Series, _: str) -> pl.Series:
+    return whole_floats(values) if values.dtype.is_float() else values
+
+
+def _as_text(values: pl.Series, name: str) -> pl.Series:
+    """Floats and decimals as text without a fraction that is zero, words of a list as text; else as it is."""
+    if values.dtype.is_decimal():
+        return decimal_text(values)
+    if not values.dtype.is_float():
+        return values.cast(pl.String) if isinstance(values.dtype, _TEXT) else values
+    known = values.cast(pl.Float64).fill_nan(None)
+    whole = ((known == known.floor()) & known.is_finite()).fill_null(False)
+    if (long := whole & (known.abs() >= EXACT).fill_null(False)).any():
+        row = int(long.arg_max() or 0)
+        raise DataError(
+            f"{Source(name).at(row, len(long))}: {values.name} is {values[row]!r}, too long for a float, and other "
+            f"parts hold text ({long.sum()} such row(s)). Write every part's column as text."
+        )
+    integers = known.set(~whole, None).cast(pl.Int64).cast(pl.String)
+    return known.cast(pl.String).set(whole, None).zip_with(~whole, integers)
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

@@ -31,6 +31,17 @@ _FIRST_REAL = 315_532_800  # 1980-01-01: smaller numbers alone are no clock, but
 _FIRST_USUAL = 631_152_000  # 1990-01-01: no log of a shop or a site is older
 _ADVICE = "Write unix seconds or ISO 8601, name the unit with --timestamp-unit, or drop them with --invalid-rows drop."
 _OFFSET = r"(?:[zZ]|[+-]\d{2}:?\d{2})$"
+# What ISO 8601 and databases write beside the forms that polars reads, and those forms.
+_FORMS = (
+    (r"\s*(?:UTC|GMT)$", "Z"),
+    (r"^(\d{4})(\d{2})(\d{2})[T\s]", "${1}-${2}-${3}T"),
+    (r"T(\d{2})(\d{2})(\d{2})", "T${1}:${2}:${3}"),
+    (r"T(\d{2})(\d{2})([zZ+\-\s]|$)", "T${1}:${2}${3}"),
+    (r"T(\d{2})([zZ+\-\s]|$)", "T${1}:00${2}"),
+    (r"(T\d{2}:\d{2}:\d{2}),(\d)", "${1}.${2}"),
+    (r"^(\S+T\S+)\s+([zZ+\-])", "${1}${2}"),
+    (r"(T.*[+-]\d{2})$", "${1}:00"),
+)
 
 
 @dataclass(frozen=True)
@@ -141,6 +152,18 @@ def _reads_like_dates(values: pl.Series, unit: TimestampUnit) -> bool:
 def _parsed(text: pl.Series) -> pl.Series:
     """ISO 8601 as microseconds since 1970 (Int64), null where it is none; without a zone it is UTC."""
     text = text.str.strip_chars().str.replace(r"^(\d{4}-\d{2}-\d{2})\s+", "${1}T")
+    micros = _parsed_forms(text)
+    # Rare forms are rewritten as frequent ones, which costs the others nothing.
+    rest = (micros.is_null() & text.is_not_null()).arg_true()
+    if not len(rest):
+        return micros
+    rewritten = text.gather(rest)
+    for pattern, form in _FORMS:
+        rewritten = rewritten.str.replace(pattern, form)
+    return micros.scatter(rest, _parsed_forms(rewritten))
+
+
+def _parsed_forms(text: pl.Series) -> pl.Series:
     moments = pl.col("text").str
     zoned = pl.col("text").str.contains(r"T.*" + _OFFSET)
     aware = pl.when(zoned).then(pl.col("text").str.replace(r"([+-]\d{2})(\d{2})$", "${1}:${2}"))

@@ -1,5 +1,6 @@
 """Checking a column's values: what they are as ids, numbers or text, and the rows of which they are none."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ import polars as pl
 from llmrec.data.source import Source
 from llmrec.exceptions import DataError
 
-_EXACT = 2**53  # the first whole number whose successor a float cannot hold
+EXACT = 2**53  # the first whole number whose successor a float cannot hold
 _SHOWN = 100
 
 
@@ -33,8 +34,9 @@ class Fault:
     def found(self, source: Source) -> str:
         """The first such row, its value, what is wrong with it, and how many there are."""
         row = int(self.rows.arg_max() or 0)
-        value = repr(self.values[row])
-        shown = value if len(value) <= _SHOWN else value[:_SHOWN] + "…"
+        value = self.values[row]
+        shown = "NaN" if isinstance(value, float) and math.isnan(value) else repr(value)
+        shown = shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "…"
         return (
             f"{source.at(row, len(self.rows))}: {self.column} is {shown}, {self.why} ({self.rows.sum()} such row(s))"
         )
@@ -53,6 +55,8 @@ def refuse(faults: Sequence[Fault], source: Source) -> None:
 def check_ids(values: pl.Series, column: str, source: Source) -> tuple[pl.Series, list[Fault]]:
     """A column as strings, digits as they stand, and the faults of those that are no ids: null, empty, fractions.
 
+    Whole floats and decimals are integers: 7.0 is the id 7.
+
     Raises:
         DataError: if no value of the column's type can be an id.
     """
@@ -62,10 +66,14 @@ def check_ids(values: pl.Series, column: str, source: Source) -> tuple[pl.Series
         # A column of whole numbers becomes float when a tool met a gap in it: 7.0 is the id 7.
         values = values.cast(pl.Float64).fill_nan(None)
         fractions = (values.is_infinite() | (values != values.floor())).fill_null(False)
-        huge = (values.abs() >= _EXACT).fill_null(False) & ~fractions
+        huge = (values.abs() >= EXACT).fill_null(False) & ~fractions
         faults.append(Fault(column, raw, fractions, "which is no id", "Write ids as text or integers."))
         faults.append(Fault(column, raw, huge, "too long for a float", "Write ids as text or integers."))
         values = values.set(fractions | huge, 0.0).cast(pl.Int64)
+    elif values.dtype.is_decimal():
+        values = decimal_text(values)
+        fractions = values.str.contains(".", literal=True).fill_null(False)
+        faults.append(Fault(column, raw, fractions, "which is no id", "Write ids as text or integers."))
     elif not (values.dtype.is_integer() or values.dtype in (pl.String, pl.Categorical, pl.Enum, pl.Null)):
         raise DataError(
             f"{source}: {column} holds {values.dtype}, which is no id. Write ids as text or integers, or remap the "
@@ -73,9 +81,20 @@ def check_ids(values: pl.Series, column: str, source: Source) -> tuple[pl.Series
         )
     ids = values.cast(pl.String)
     absent = ids.is_null() | (ids.str.strip_chars() == "").fill_null(True)
-    shown = ids if raw.dtype.is_float() else raw
-    faults.append(Fault(column, shown, absent, "which is no id", "Remove these rows or fill them in."))
+    faults.append(Fault(column, raw, absent, "which is no id", "Remove these rows or fill them in."))
     return ids, [fault for fault in faults if fault.rows.any()]
+
+
+def decimal_text(values: pl.Series) -> pl.Series:
+    """Decimals as text, of whatever length, without a fraction that is zero: 7.00 is "7"."""
+    return values.cast(pl.String).str.replace(r"\.0*$", "")
+
+
+def whole_floats(values: pl.Series) -> pl.Series:
+    """Floats that are all whole, and exact, as Int64, with NaN as null; any other floats as they are."""
+    known = values.fill_nan(None)
+    whole = (known == known.floor()) & (known.abs() < EXACT)
+    return known.cast(pl.Int64) if whole.fill_null(True).all() else values
 
 
 def check_numbers(values: pl.Series, column: str, source: Source, advice: str) -> tuple[pl.Series, list[Fault]]:
@@ -100,7 +119,7 @@ def check_numbers(values: pl.Series, column: str, source: Source, advice: str) -
         numbers = numbers.fill_nan(None)
         wrong |= numbers.is_infinite().fill_null(False)
         numbers = numbers.set(wrong, None)
-        whole = ((numbers == numbers.floor()) & (numbers.abs() < _EXACT)).fill_null(True).all()
+        whole = ((numbers == numbers.floor()) & (numbers.abs() < EXACT)).fill_null(True).all()
         numbers = numbers.cast(pl.Int64) if whole else numbers
     faults = [Fault(column, values, wrong, "which is no number", advice)] if wrong.any() else []
     return numbers, faults

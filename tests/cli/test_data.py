@@ -16,6 +16,7 @@ from llmrec.data.arguments import ColumnArguments, SplitArguments
 from llmrec.data.columns import ColumnNames
 from llmrec.data.interactions import Interactions
 from llmrec.data.items import Items
+from llmrec.exceptions import DataError
 
 DAY = 86_400
 START = 1_400_000_000
@@ -426,3 +427,102 @@ def test_the_real_report_finds_what_a_model_saw_and_items_without_a_row(call, fi
     assert "<svg" in (folder / "r/report.html").read_text()
     assert call("report", *sources, "--out", folder / "again")[0] == 0
     assert json.loads((folder / "again/report.json").read_text())["seen"] is None
+
+
+@pytest.mark.parametrize("command", ["split", "report"])
+@pytest.mark.parametrize("flag", ["--split-seed", "--tie-seed"])
+def test_a_negative_seed_is_refused(call, files, command, flag):
+    folder, sources = files
+    code, _, errors = call(
+        command, *sources, "--ties", "shuffle", "--split", "cold-users", flag, -1, "--out", folder / "o"
+    )
+    assert code == 2
+    assert flag in errors
+    assert "Traceback" not in errors
+    log = Interactions.read(folder / "log.csv", ColumnNames(user="who", item="what", timestamp="when"))
+    arguments = SplitArguments(split="cold-users", **{flag[2:].replace("-", "_"): -1})
+    with pytest.raises(DataError, match=f"{flag} is -1, .*Give 0 or more"):
+        arguments.make(log, Items.from_interactions(log))
+
+
+def test_an_out_that_cannot_be_written_is_named(call, files):
+    folder, sources = files
+    (folder / "taken").write_text("precious")
+    (folder / "folder").mkdir()
+    for command in ("clean", "split", "report"):
+        for out in (folder / "taken", folder / "taken/below"):
+            code, _, errors = call(command, *sources, "--out", out)
+            assert code == 2, errors
+            assert "taken" in errors
+            assert "cannot be written: " in " ".join(errors.split())
+    for arguments in (
+        ["convert", folder / "log.csv", *COLUMNS, "--out", folder / "folder"],
+        ["split", *sources, "--out", folder / "s", "--json", folder / "folder"],
+        ["report", *sources, "--json", folder / "folder"],
+    ):
+        code, _, errors = call(*arguments)
+        assert code == 2, errors
+        assert "folder cannot be written: Is a directory. Name another" in " ".join(errors.split())
+    assert (folder / "taken").read_text() == "precious"
+
+
+def test_what_a_model_saw_may_have_its_own_names(call, files):
+    folder, sources = files
+    assert call("split", *sources, "--out", folder / "s")[0] == 0
+    log = pl.read_parquet(folder / "s/train.parquet")
+    log.rename({"user_id": "who"}).write_csv(folder / "half.csv")
+    log.with_columns(timestamp=pl.lit("never")).write_csv(folder / "times.csv")
+    overlaps = []
+    for seen in ("s/train.parquet", "half.csv", "times.csv"):
+        code, _, errors = call("report", *sources, "--seen", folder / seen, "--json", folder / "r.json")
+        assert code == 0, errors
+        overlaps.append(json.loads((folder / "r.json").read_text())["seen"])
+    assert overlaps[0] == overlaps[1] == overlaps[2]
+    assert overlaps[0]["test"]["interactions"] == len(log)
+    log.rename({"user_id": "person"}).write_csv(folder / "none.csv")
+    code, _, errors = call("report", *sources, "--seen", folder / "none.csv", "--json", folder / "r.json")
+    assert code == 2
+    assert "none.csv has no column 'user_id'" in errors
+
+
+def test_numbers_of_an_order_are_not_printed_as_dates(call, tmp_path):
+    for scale, flags in ((1, []), (10**12, ["--timestamp-unit", "order"]), (10**6, ["--timestamp-unit", "order"])):
+        rows = [
+            f"u{user},i{(user + step) % 7},{(1 + step * 100 + user) * scale}"
+            for user in range(10)
+            for step in range(9)
+        ]
+        (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\n" + "\n".join(rows) + "\n")
+        arguments = ["split", "--interactions", tmp_path / "log.csv", "--split", "global-temporal", *flags]
+        code, text, errors = call(*arguments, "--out", tmp_path / "s")
+        assert code == 0, errors
+        moment = json.loads((tmp_path / "s/split.json").read_text())["protocol"]["test_time"]
+        line = next(line for line in text.splitlines() if line.strip().startswith("test time"))
+        assert line.split()[-1] == f"{moment:,.6g}"
+
+
+def test_eight_digits_are_a_day(call, tmp_path):
+    def made(moment):
+        log = Interactions.from_frame(
+            pl.DataFrame(
+                {
+                    "user_id": ["u"] * 9,
+                    "item_id": list("abcdefghi"),
+                    "timestamp": [1_404_000_000 + 86_400 * day for day in range(9)],
+                }
+            )
+        )
+        arguments = SplitArguments(split="global-temporal", valid_time="2014-07-01", test_time=moment)
+        return arguments.make(log, Items.from_interactions(log)).protocol["test_time"]
+
+    assert (
+        made("20140703") == made("2014-07-03") == made(" 2014-07-03T00:00:00Z") == made("1404345600") == 1_404_345_600
+    )
+    for moment in ("20140703.0", "20141303", "19790101", "21010101"):
+        with pytest.raises(DataError, match=f"test at {moment.removesuffix('.0')}"):
+            made(moment)
+    for moment in ("nan", "inf", "monday"):
+        with pytest.raises(DataError, match=f"'{moment}' is neither unix seconds nor"):
+            made(moment)
+    again = SplitArguments.from_protocol({"split": "global-temporal", "valid_time": 5, "test_time": 20140703})
+    assert again.test_time == "20140703.0"

@@ -3,12 +3,15 @@ import random
 
 import polars as pl
 import pytest
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
 
 from llmrec.data import cases
 from llmrec.data.arguments import SplitArguments
 from llmrec.data.cases import case_frame, training_frame, write_split
 from llmrec.data.interactions import Interactions
 from llmrec.data.items import Items
+from llmrec.exceptions import DataError
 
 PROTOCOLS = ["leave-one-out", "global-temporal", "by-sample", "cold-users"]
 
@@ -106,3 +109,46 @@ def test_a_run_that_breaks_off_leaves_no_split_json(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_split(split, tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"train.parquet", "valid.parquet", "test.parquet"}
+
+
+TIMED = st.lists(
+    st.tuples(
+        st.sampled_from("abc"), st.integers(0, 9), st.none() | st.integers(1_400_000_000, 1_400_000_005), st.booleans()
+    ),
+    min_size=4,
+    max_size=40,
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(TIMED, st.sampled_from(PROTOCOLS), st.booleans())
+def test_training_reads_back_in_its_order_whatever_times_are_missing(tmp_path_factory, rows, protocol, fractions):
+    schema = {"user_id": pl.String, "item_id": pl.Int64, "timestamp": pl.Float64}
+    timed = [
+        (user, item, None if time is None else time + 0.5 * (half and fractions)) for user, item, time, half in rows
+    ]
+    log = Interactions.from_frame(pl.DataFrame(timed, schema=schema, orient="row"))
+    try:
+        split = SplitArguments(split=protocol).make(log, Items.from_interactions(log))
+    except DataError:
+        reject()  # too few for a split
+    path = tmp_path_factory.mktemp("split") / "train.parquet"
+    training_frame(split).write_parquet(path)
+    expected = {
+        user: [split.item_ids[row] for row in history]
+        for user, history in zip(split.all_users, split.train, strict=True)
+        if len(history)
+    }
+    read = Interactions.read(path)
+    assert read.histories() == expected
+    assert read.user_ids == list(expected)
+
+
+def test_times_that_run_backwards_are_written_as_unknown_and_counted(caplog):
+    times = [1_400_000_500, 1_400_000_100, 1_400_000_600, None, 1_400_000_300]
+    frame = pl.DataFrame({"user_id": ["a"] * 5, "item_id": list("vwxyz"), "timestamp": times})
+    even = frame.with_columns(user_id=pl.lit("b"), timestamp=pl.lit(1_400_000_000, pl.Int64))
+    log = Interactions.from_frame(pl.concat([frame, even]))
+    train = training_frame(SplitArguments().make(log, Items.from_interactions(log)))
+    assert train["timestamp"].to_list() == [1_400_000_500, None, 1_400_000_600, *[1_400_000_000] * 3]
+    assert "1 time(s) of training run backwards in a user's order, such as 1400000100 of user 'a'" in caplog.text

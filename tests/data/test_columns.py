@@ -101,3 +101,12 @@ def test_arguments_reach_the_readers(tmp_path):
     items = ColumnArguments(item_column="what", title_column="label", text_columns=[], invalid_rows="drop")
     assert items.read_items(path).texts() == ["A."]
     assert items.read_items(path).dropped == {"repeated": 1}
+
+
+def test_a_header_that_reads_like_a_row_is_said():
+    for available in (["u1", "17"], ["1", "2", "5.0", "1369699200"], ["3", "-2e5"]):
+        with pytest.raises(DataError, match=r"no column 'user_id'.*seems to have no header: write the names"):
+            ColumnNames().find(USER, available, "log.csv", required=True)
+    with pytest.raises(DataError) as caught:
+        ColumnNames().find(USER, ["who", "column_1", ""], "log.csv", required=True)
+    assert "no header" not in str(caught.value)

@@ -11,7 +11,9 @@ from llmrec.data.items import Items
 from llmrec.exceptions import DataError
 
 TEXT = st.one_of(
-    st.none(), st.text("a& ;#39ampltnbsp\u00a0\t", max_size=12), st.sampled_from(["&nbsp;", "&#39;x", "A"])
+    st.none(),
+    st.text("a& ;#39ampltnbsp\u00a0\t", max_size=12),
+    st.sampled_from(["&nbsp;", "&#39;x", "A", "[]", "{}", '[""]', '{"a": ""}', "[1", "&#91;&#93;"]),
 )
 
 
@@ -30,7 +32,8 @@ def test_flaws_equal_their_definition_and_the_reader_s_count(rows, titled):
     flaws = find_flaws(frame)
     assert len(flaws.untitled) == Items.from_frame(frame).missing_titles
     if titled:
-        empty = [str(place) for place, row in enumerate(rows) if not unescaped(row[0]).strip()]
+        hollow = ("", "[]", "{}", '[""]', '{"a": ""}')
+        empty = [str(p) for p, row in enumerate(rows) if not unescaped(row[0]).strip() or row[0] in hollow]
         assert flaws.untitled == empty
     cells = [(place, cell) for place, row in enumerate(rows) for cell in (*row[:2], tuple(row[2])) if escaped(cell)]
     assert flaws.escaped_texts == len(cells)
@@ -77,3 +80,24 @@ def test_rows_that_reading_leaves_out_are_passed_over():
     assert (flaws.untitled, flaws.escaped_texts) == (["a"], 0)
     items = Items.from_frame(frame, invalid="drop")
     assert (items.ids, items.missing_titles) == (["a", "b"], 1)
+
+
+@pytest.mark.parametrize(
+    "titles",
+    [
+        ["[]", "{}", '{"a": null}', "[[], {}]", "x"],
+        [" &nbsp; ", "[", "[0.5]", "[1, 2]", '["", "x"]'],
+        [["[]"], ["{}", "x"], [], None],
+        [float("nan"), None, 2.0],
+    ],
+)
+def test_titles_are_empty_for_both_or_for_neither(titles):
+    frame = pl.DataFrame({"item_id": range(len(titles)), "title": titles}, strict=False)
+    items = Items.from_frame(frame)
+    flaws = find_flaws(frame)
+    assert len(flaws.untitled) == items.missing_titles > 0
+    # Without another text, the id stands in.
+    assert {items.titles[items.ids.index(item)] for item in flaws.untitled} == set(flaws.untitled)
+    for find in (find_flaws, Items.from_frame):
+        with pytest.raises(DataError, match="--title-column"):
+            find(pl.DataFrame({"item_id": ["a"], "title": [b"bytes"]}))

@@ -154,3 +154,10 @@ def test_nothing_heavy_is_imported():
     code = "import sys, llmrec.data; print([n for n in ('torch', 'datasets', 'vllm', 'sklearn') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_type_that_changes_between_batches_leaves_ids_alone(folder, monkeypatch):
+    batches = [pl.DataFrame({"user_id": [7.0], "item_id": [1]}), pl.DataFrame({"user_id": ["7"], "item_id": [2]})]
+    monkeypatch.setattr(hub, "_batches", lambda *_: iter(batches))
+    monkeypatch.setattr(hub, "_columns", lambda _: ["user_id", "item_id"])
+    assert Interactions.read(f"hub:{folder}").histories() == {"7": ["1", "2"]}

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from llmrec.data.columns import ColumnNames
@@ -163,7 +163,7 @@ def test_columns_are_remapped(tmp_path):
         ("a.csv", "user_id,item_id,timestamp\nu,i,1\nu,j,monday\n", r"row 2 of 2: timestamp is 'monday'"),
         ("a.csv", "user_id,item_id,timestamp\nu,i,1\nu,j,inf\n", r"row 2 of 2: timestamp is 'inf'"),
         ("a.csv", "user_id,item_id,position\nu,i,first\n", r"row 1 of 1: position is 'first'"),
-        ("a.csv", "user_id,item_id\nu,i\nu,j,k,l\n", r"a\.csv cannot be read"),
+        ("a.csv", "user_id,item_id\nu,i\nu,j,k,l\n", r"a\.csv, line 3: 'u,j,k,l' has 4 fields, but .*has 2"),
         ("a.csv", "user_id,thing\nu,i\n", r"a\.csv has no column 'item_id'.*'user_id', 'thing'.*--item-column"),
         ("a.csv.gz", gzip.compress(CSV.encode() * 500)[:-30], r"a\.csv\.gz cannot be"),
         ("a.parquet", b"PAR1 cut short", r"a\.parquet cannot be read"),
@@ -190,7 +190,7 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
 
 def test_a_gap_in_parquet_ids_is_found(tmp_path):
     pl.DataFrame({"user_id": ["a", "b"], "item_id": [1.0, float("nan")]}).write_parquet(tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="row 2 of 2: item_id is None"):
+    with pytest.raises(DataError, match="row 2 of 2: item_id is NaN"):
         Interactions.read(tmp_path / "a.parquet")
 
 
@@ -347,3 +347,39 @@ def test_real_logs_read_as_they_are(shared_data):
     assert (len(scientific), scientific.frame.columns) == (58_492, ["user_id", "item_id", "position"])
     clicks = Interactions.read(shared_data / "movielens-1m-ctr" / "train.jsonl.gz")
     assert (len(clicks), clicks.frame.columns) == (33_891, ["user_id", "item_id", "timestamp"])
+
+
+@settings(deadline=None)
+@given(LOGS, st.booleans())
+def test_every_row_is_known_by_where_it_stood(rows, gaps):
+    users = [None if gaps and item % 5 == 0 else user for user, item, _ in rows]
+    values = {"user_id": users, "item_id": range(len(rows)), "timestamp": [time for *_, time in rows]}
+    frame = pl.DataFrame(values, schema_overrides={"user_id": pl.String, "timestamp": pl.Int64})
+    assume(any(user is not None for user in users))
+    log = Interactions.from_frame(frame, invalid="drop")
+    ids = log.frame["item_id"]
+    for rest in range(3):
+        chosen = ids.cast(pl.Int64) % 3 == rest
+        if chosen.any():
+            first = min(int(item) for item in ids.filter(chosen))
+            place, where = log.first_read(chosen)
+            assert (int(ids[place]), where) == (first, f"the interactions, row {first + 1} of {len(rows)}")
+
+
+def test_one_column_is_not_taken_twice(tmp_path):
+    path = written(tmp_path / "a.csv", "item_id,weight,time,position\nx,2,1,7\n")
+    for columns, message in [
+        (ColumnNames(user="item_id"), r"'item_id' is taken for user_id and for item_id.*--user-column or --item-col"),
+        (ColumnNames(user="weight", rating="weight"), r"for user_id and for rating.*--user-column or --rating-column"),
+        (ColumnNames(user="weight", timestamp="time", position="time"), "for timestamp and for position"),
+    ]:
+        with pytest.raises(DataError, match=message) as caught:
+            Interactions.read(path, columns)
+        assert "a.csv: the column" in str(caught.value)
+        with pytest.raises(DataError, match=message):
+            Interactions.from_frame(pl.read_csv(path), columns)
+    # What was chosen for one part is found for no other.
+    log = Interactions.read(path, ColumnNames(user="weight", timestamp="position"))
+    assert log.frame.columns == ["user_id", "item_id", "timestamp"]
+    log = Interactions.read(path, ColumnNames(user="time", rating="weight"))
+    assert log.frame.columns == ["user_id", "item_id", "position", "rating"]

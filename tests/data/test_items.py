@@ -219,3 +219,40 @@ def test_columns_of_products_and_links_are_no_text():
         note=["see B00JHONN1S", "fine", "see https://x for more"],
     )
     assert items.texts() == ["A. note: see B00JHONN1S.", "B. note: fine.", "C. note: see https://x for more."]
+
+
+def test_a_title_that_is_nan_is_none():
+    items = items_of(item_id=["a", "b"], title=[float("nan"), 2.0], price=[float("nan"), 1.0])
+    assert (items.titles, items.missing_titles) == (["a", "2.0"], 1)
+    assert items.texts(["price"]) == ["a.", "2.0. price: 1.0."]
+
+
+def test_missing_titles_are_counted_with_the_first_row_and_what_to_do(tmp_path, caplog):
+    path = tmp_path / "items.csv"
+    path.write_text("item_id,title\na,A\n,B\nb,\nc,[]\n")
+    Items.read(path, invalid="drop")
+    said = next(record.getMessage() for record in caplog.records if "no title" in record.getMessage())
+    assert said == (
+        f"2 item(s) have no title, such as {path}, row 3 of 4 (item 'b'); their first other text, or else their id, "
+        "stands in: fill them in, or clean with --empty-titles drop"
+    )
+    caplog.clear()
+    Items.from_frame(pl.DataFrame({"item_id": ["a"], "about": ["x"]}))
+    assert "1 item(s) have no title, such as the items, row 1 of 1" in caplog.text
+    assert "--title-column" in caplog.text
+    caplog.clear()
+    items_of(item_id=["a"], title=["A"])
+    assert not caplog.records
+
+
+def test_unknown_items_are_counted_with_the_first_row_of_the_file(tmp_path, caplog):
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,timestamp\nu,a,1400000009\n,a,1\nv,d,1400000000\nu,c,1400000001\nu,a,\n")
+    log = Interactions.read(path, invalid="drop")
+    assert items_of(item_id=["a"], title=["A"]).with_missing(log).ids == ["a", "c", "d"]
+    assert caplog.records[-1].getMessage() == (
+        f"2 item(s) of the interactions are not in the item table, such as 'd' ({path}, row 3 of 5); they are kept "
+        "with their id as title: add them to the table, or clean with --unknown-items drop"
+    )
+    items_of(item_id=["a"], title=["A"]).with_missing(Interactions(log.frame))
+    assert "such as 'c'; they are kept" in caplog.records[-1].getMessage()

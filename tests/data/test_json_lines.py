@@ -67,3 +67,25 @@ def test_a_torn_line_of_mixed_types_is_located(tmp_path):
     path.write_text('{"x": 1}\n{"x": [1]}\n{"x": {"y": 1}}\n{"x": \n')
     with pytest.raises(DataError, match=r"a\.jsonl, line 4: .*is not JSON"):
         open_json_lines(path).read()
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("NaN", "NaN, infinity"),
+        ("-Infinity", "NaN, infinity"),
+        ("1e999", "NaN, infinity"),
+        ("nan", "Expecting value"),
+    ],
+)
+def test_what_json_has_not_is_located(tmp_path, value, why):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"x": 1}\n' * 3 + f'{{"x": {value}}}\n' + '{"x": 1}\n')
+    with pytest.raises(DataError, match=rf"a\.jsonl, line 4: .*is not JSON \(.*{why}.*\)\. Write one object a line"):
+        open_json_lines(path).read()
+
+
+def test_a_literal_that_json_cannot_hold_is_located(tmp_path):
+    (tmp_path / "a.json").write_text("{'x': 1}\n{'x': 1e999}\n")
+    with pytest.raises(DataError, match=r"a\.json, line 2: the literal holds what JSON cannot"):
+        open_literals(tmp_path / "a.json")

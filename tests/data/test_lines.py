@@ -3,7 +3,9 @@ import subprocess
 
 import pytest
 
+from llmrec.data.interactions import Interactions
 from llmrec.data.lines import READING_ERRORS, first_lines, iterate_lines, raise_located, scan_lines
+from llmrec.data.table import open_table
 from llmrec.exceptions import DataError
 
 
@@ -50,3 +52,17 @@ def test_the_line_that_is_not_utf8_is_named(write):
 def test_latin1(write):
     path = write("café\n".encode("latin-1"))
     assert scan_lines(path, latin1=True).collect()["line"].to_list() == ["café"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_utf16_is_named(write, encoding):
+    path = write("user_id,item_id\nu,i\n".encode(encoding))
+    for call in (first_lines, open_table, Interactions.read):
+        with pytest.raises(DataError, match=r"log\.txt.* is not UTF-8: .*reads like UTF-16: convert it with iconv -f"):
+            call(path)
+
+
+def test_bytes_that_are_no_text_are_named(write):
+    with pytest.raises(DataError, match=r"log\.txt.* is not UTF-8: its beginning holds b'user_id.*Give parquet, CSV"):
+        first_lines(write(b"user_id,item_id\0\nu,i\n"))
+    assert first_lines(write(b"user_id,item_id\nu,i\0\n")) == ["user_id,item_id"]

@@ -1,13 +1,19 @@
 import gzip
 import json
 import subprocess
+from decimal import Decimal
 
 import polars as pl
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmrec.data.interactions import Interactions
 from llmrec.data.items import Items
+from llmrec.data.shards import join_parts
+from llmrec.data.source import Source
 from llmrec.data.table import open_table, read_table
+from llmrec.data.values import check_ids
 from llmrec.exceptions import DataError
 
 HEAD = "user_id,item_id\n"
@@ -111,3 +117,54 @@ def test_items_in_parts(folder):
     (folder / "b.jsonl").write_text('{"item_id": 2, "title": ["B"], "details": "text"}\n')
     with pytest.raises(DataError, match=r"types that do not join"):
         read_table(folder)
+
+
+def test_floats_of_whole_numbers_are_the_ids_that_other_parts_write_as_text(folder):
+    pl.DataFrame({"user_id": [7.0, 8.0], "item_id": [1, 2]}).write_parquet(folder / "a.parquet")
+    pl.DataFrame({"user_id": ["7", "x"], "item_id": ["2", "1"]}).write_parquet(folder / "b.parquet")
+    assert Interactions.read(folder).histories() == {"7": ["1", "2"], "8": ["2"], "x": ["1"]}
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / "0.jsonl").write_text('{"user_id": 7.0, "item_id": 1}\n{"user_id": null, "item_id": 1}\n')
+    (folder / "1.jsonl").write_text('{"user_id": "7", "item_id": 2.0}\n')
+    with pytest.raises(DataError, match=r"0\.jsonl, row 2 of 2: user_id is None"):
+        Interactions.read(folder)
+    assert Interactions.read(folder, invalid="drop").histories() == {"7": ["1", "2"]}
+
+
+KINDS = {
+    "text": (pl.String, str),
+    "category": (pl.Categorical, str),
+    "integer": (pl.Int64, int),
+    "float": (pl.Float64, float),
+    "short float": (pl.Float32, float),
+    "decimal": (pl.Decimal(20, 2), Decimal),
+}
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(sorted(KINDS)), st.lists(st.integers(-999, 999), min_size=1)), min_size=1))
+def test_an_id_is_one_whatever_type_its_part_has(parts):
+    frames = [
+        pl.DataFrame({"id": pl.Series([KINDS[k][1](v) for v in values], dtype=KINDS[k][0])}) for k, values in parts
+    ]
+    joined = join_parts(frames, ["part"] * len(frames), "all")
+    ids, faults = check_ids(joined["id"], "id", Source("all"))
+    assert not faults
+    assert ids.to_list() == [str(value) for _, values in parts for value in values]
+
+
+def test_floats_that_are_no_ids_stay_what_they_are_beside_text():
+    odd = [7.0, 7.5, None, float("nan"), -0.0, float("inf")]
+    joined = join_parts([pl.DataFrame({"x": odd}), pl.DataFrame({"x": ["7.0"]})], ["a", "b"], "all")
+    assert joined["x"].to_list() == ["7", "7.5", None, None, "0", "inf", "7.0"]
+    long = [pl.DataFrame({"x": [1.0, 1.2e19]}), pl.DataFrame({"x": ["7"]})]
+    with pytest.raises(DataError, match=r"a\.parquet, row 2 of 2: x is 1\.2e\+19, too long for a float"):
+        join_parts(long, ["a.parquet", "b.parquet"], "all")
+
+
+def test_long_integers_do_not_become_floats_beside_a_part_with_a_gap():
+    joined = join_parts([pl.DataFrame({"x": [2**60 + 1]}), pl.DataFrame({"x": [7.0, None]})], ["a", "b"], "all")
+    assert joined["x"].to_list() == [2**60 + 1, 7, None]
+    fractions = join_parts([pl.DataFrame({"x": [2]}), pl.DataFrame({"x": [7.5]})], ["a", "b"], "all")
+    assert fractions["x"].to_list() == [2, 7.5]

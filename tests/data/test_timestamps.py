@@ -163,3 +163,44 @@ def test_unknown_times_are_no_fault():
     assert checked([T, None, T]).seconds.to_list() == [T, None, T]
     assert checked(["", " ", "2014-05-13"]).seconds.null_count() == 2
     assert checked([None, None]).seconds.null_count() == 2
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(REAL, st.sampled_from(["", "+00", "-08", "+14", " +01", "Z", " Z", " UTC", "+0530"])), min_size=1
+    ),
+    st.sampled_from(["%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M:%S", "%Y%m%dT%H%M%S", "%Y-%m-%dT%H%M", "%Y-%m-%d %H"]),
+    st.sampled_from(["", ",25", ".25"]),
+)
+def test_short_offsets_and_rare_forms(moments, form, fraction):
+    fraction = fraction if form.endswith("%H:%M:%S") else ""
+    cut = {"%H": 3600, "%M": 60}.get(form[-2:], 1)
+    texts, expected = [], []
+    for second, zone in moments:
+        sign, hours = zone.strip()[:1], zone.strip()[1:]
+        shift = 0
+        if sign in ("+", "-"):
+            shift = (int(hours[:2]) * 3600 + int(hours[2:] or 0) * 60) * (1 if sign == "+" else -1)
+        local = (second + shift) // cut * cut
+        texts.append(datetime.fromtimestamp(local, UTC).strftime(form) + fraction + zone)
+        expected.append(local - shift + (0.25 if fraction else 0))
+    times = checked(texts)
+    assert (times.unit, times.seconds.to_list()) == ("iso", expected)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2014-01-01T00-8",
+        "2014-01-01T00:00:00+0",
+        "2014-01-01T25Z",
+        "2014-01",
+        "2014-01-01T",
+        "2014-01-01T00:00+99",
+        "T00",
+    ],
+)
+def test_what_only_looks_like_a_rare_form_is_refused(text):
+    with pytest.raises(DataError, match="row 3 of 3"):
+        checked(["2014-01-01T00:00:00+00", "2014-01-01", text])

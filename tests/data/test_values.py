@@ -1,4 +1,5 @@
 import math
+from decimal import Decimal
 
 import polars as pl
 import pytest
@@ -6,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec.data.source import Source
-from llmrec.data.values import check_ids, check_numbers, check_words, refuse
+from llmrec.data.values import check_ids, check_numbers, check_words, refuse, whole_floats
 from llmrec.exceptions import DataError
 
 LOG = Source("the log")
@@ -58,7 +59,7 @@ def test_ids_too_long_for_a_float():
     _, faults = check_ids(pl.Series([1.0, 1.2e19, float("nan")]), "id", LOG)
     assert [fault.found(LOG) for fault in faults] == [
         "the log, row 2 of 3: id is 1.2e+19, too long for a float (1 such row(s))",
-        "the log, row 3 of 3: id is None, which is no id (1 such row(s))",
+        "the log, row 3 of 3: id is NaN, which is no id (1 such row(s))",
     ]
 
 
@@ -86,3 +87,41 @@ def test_words():
 def test_a_long_value_is_cut_in_messages():
     _, faults = check_numbers(pl.Series(["x" * 5000]), "n", LOG, "Advice.")
     assert len(faults[0].message(LOG)) < 300
+
+
+@settings(deadline=None)
+@given(st.lists(st.none() | st.decimals(-(10**30), 10**30, places=2) | st.integers(-(10**30), 10**30), min_size=1))
+def test_decimal_ids_equal_their_definition(values):
+    column = pl.Series([None if value is None else Decimal(value) for value in values], dtype=pl.Decimal(38, 2))
+    ids, faults = check_ids(column, "id", LOG)
+    wrong = [any(fault.rows[row] for fault in faults) for row in range(len(values))]
+    for value, found, is_wrong in zip(values, ids.to_list(), wrong, strict=True):
+        sound = value is not None and value == int(value)
+        assert is_wrong == (not sound)
+        if sound:
+            assert found == str(int(value))
+
+
+def test_decimals_that_are_no_ids_are_shown():
+    assert check_ids(pl.Series([7, 10]).cast(pl.Decimal(20, 0)), "id", LOG)[0].to_list() == ["7", "10"]
+    _, faults = check_ids(pl.Series(["7.00", "7.50"]).cast(pl.Decimal(20, 2)), "id", LOG)
+    assert [fault.found(LOG) for fault in faults] == [
+        "the log, row 2 of 2: id is Decimal('7.50'), which is no id (1 such row(s))"
+    ]
+
+
+def test_nan_and_null_are_told_apart():
+    for values, shown in (([1.0, float("nan")], "NaN"), ([1.0, None], "None")):
+        _, faults = check_ids(pl.Series(values), "id", LOG)
+        assert faults[0].found(LOG) == f"the log, row 2 of 2: id is {shown}, which is no id (1 such row(s))"
+
+
+@settings(deadline=None)
+@given(st.lists(st.none() | st.floats() | st.integers(-9, 9).map(float), min_size=1, max_size=4))
+def test_floats_become_integers_where_all_are_whole(values):
+    found = whole_floats(pl.Series(values, dtype=pl.Float64))
+    known = [None if value is None or math.isnan(value) else value for value in values]
+    if all(value is None or (math.isfinite(value) and value == int(value) and abs(value) < 2**53) for value in known):
+        assert (found.dtype, found.to_list()) == (pl.Int64, known)
+    else:
+        assert found.equals(pl.Series(values, dtype=pl.Float64))
