@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from llmrec.data import distribution, leaks, order
+from llmrec.data import copies, distribution, leaks, order
 from llmrec.data.columns import ITEM, TITLE
 from llmrec.data.entropy import entropies
 from llmrec.data.findings import findings
@@ -72,7 +72,7 @@ def report(
         "history": {part: leaks.history_overlap(split, part) for part in parts},
         "seen": None if seen is None else {part: leaks.seen_overlap(split, seen, part) for part in parts},
         "look_ahead": leaks.look_ahead(split),
-        "equal_users": leaks.equal_users(split),
+        "equal_users": copies.equal_users(split),
         "unseen": leaks.unseen(split),
         "text": _text(items, split),
         "entropy": entropies(split.rows, split.offsets[:-1], split.train_ends, seed),
