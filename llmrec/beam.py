@@ -7,18 +7,27 @@ so the search is exact beam search, and exhaustive once W reaches the number of 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from llmrec.trie import CatalogTrie
+from llmrec.exceptions import CatalogError
+from llmrec.trie import CatalogTrie, child_of
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class TrieTensors:
-    """A CatalogTrie and its token ids as torch tensors on one device; made once, used by every search."""
+    """A CatalogTrie and its token ids as torch tensors on one device; made once, used by every search.
+
+    Attributes, per level, int32 as in the trie:
+        start[l]: (n_{l-1} + 1,) the children of node `p` of the level above: start[l][p] to start[l][p + 1].
+        token[l]: (n_l,) the token id on the edge into each node.
+    Attribute of the leaves:
+        item_of_leaf: (N,) int32 catalog rows.
+    """
 
     def __init__(
         self, trie: CatalogTrie, token_ids: Sequence[npt.NDArray[np.int64]], device: torch.device | str = "cpu"
@@ -27,9 +36,60 @@ class TrieTensors:
         self.device = torch.device(device)
         self.start = [torch.from_numpy(level).to(self.device) for level in trie.start]
         self.token = [
-            torch.from_numpy(token_ids[level][codes]).to(self.device) for level, codes in enumerate(trie.code)
+            torch.from_numpy(token_ids[level][codes].astype(np.int32)).to(self.device)
+            for level, codes in enumerate(trie.code)
         ]
         self.item_of_leaf = torch.from_numpy(trie.item_of_leaf).to(self.device)
+
+    @cached_property
+    def code(self) -> list[torch.Tensor]:
+        """Per level (n_l,) the codes on the edges, uint8 or int32; made when asked, for a beam search needs none."""
+        wide = [code if code.dtype == np.uint8 else code.astype(np.int32, copy=False) for code in self.trie.code]
+        return [torch.from_numpy(code).to(self.device) for code in wide]
+
+    def nodes(self, prefixes: torch.Tensor) -> torch.Tensor:
+        """`CatalogTrie.nodes` on this device: (B, l) codes -> (B,) int64 nodes, -1 where no item begins so.
+
+        The operations depend on the trie and on l, not on values, and nothing is read back from the device.
+
+        Raises:
+            CatalogError: if prefixes are not a matrix of integers with at most L columns.
+        """
+        if prefixes.dim() != 2 or prefixes.shape[1] > self.trie.num_levels or prefixes.is_floating_point():
+            raise CatalogError(
+                f"Prefixes are {prefixes.dtype} of shape {tuple(prefixes.shape)}. "
+                f"Give integers (batch, levels) with at most {self.trie.num_levels} levels."
+            )
+        node = torch.zeros(len(prefixes), dtype=torch.long, device=self.device)
+        found = torch.ones(len(prefixes), dtype=torch.bool, device=self.device)
+        for level in range(prefixes.shape[1]):
+            wanted = prefixes[:, level].long()
+            node, here = child_of(self.trie, level, self.code[level], self.start[level], node, wanted)
+            found &= here
+        return torch.where(found, node, -1)
+
+    def allowed(self, prefixes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The codes that may follow each of B prefixes (B, l) of one length l < L, without a look back as in `nodes`.
+
+        Returns:
+            codes (B, C), int64, and legal (B, C): codes[i][legal[i]] may follow prefix `i`, ascending, and stand to
+            the left; the rest of the row repeats one code. C is the greatest number of children in level l.
+
+        Raises:
+            CatalogError: as in `nodes`, and if prefixes are whole codes, which nothing follows.
+        """
+        node = self.nodes(prefixes)
+        level = prefixes.shape[1]
+        if level == self.trie.num_levels:
+            raise CatalogError(f"Prefixes have all {level} levels, which nothing follows. Give shorter ones.")
+        start = self.start[level]
+        begin = start[node]
+        width = start[node + 1] - begin  # -1 is a place too, the last: negative
+        offset = torch.arange(self.trie.fan_out[level], device=self.device)
+        legal = offset < width.unsqueeze(1)
+        child = begin.unsqueeze(1) + offset.where(legal, 0)
+        # The place -1 is past the last node.
+        return self.code[level][child.clamp(max=len(self.code[level]) - 1)].long(), legal
 
     def dead_keys(self, excluded: Sequence[npt.NDArray[np.integer]]) -> list[torch.Tensor]:
         """`CatalogTrie.dead_nodes` on this device."""
@@ -89,16 +149,18 @@ def beam_search(
         if dead is not None and dead[level].numel():
             rows = torch.arange(batch, device=logits.device).view(-1, 1, 1)
             legal &= ~_contains(dead[level], rows * len(trie.token[level]) + child)
-        candidate = _log_probabilities(logits, trie.token[level][child], legal, renormalize) + score.unsqueeze(-1)
+        candidate = _log_probabilities(logits, trie.token[level][child].long(), legal, renormalize) + score.unsqueeze(
+            -1
+        )
         # NaN compares with nothing; as -inf it is an item that was not found, which callers notice.
         candidate = candidate.masked_fill(~legal | candidate.isnan(), -torch.inf).flatten(1)  # (B, W'·C)
         best = _best_in_order(candidate, min(num_beams, candidate.shape[1]))
         score = candidate.gather(1, best)
         node = child.flatten(1).gather(1, best)
         if level + 1 < trie.trie.num_levels:
-            logits = step(trie.token[level][node], best // fan_out)
+            logits = step(trie.token[level][node].long(), best // fan_out)
     score, order = score.sort(dim=1, descending=True, stable=True)
-    items = trie.item_of_leaf[node.gather(1, order)].masked_fill(~torch.isfinite(score), -1)
+    items = trie.item_of_leaf[node.gather(1, order)].long().masked_fill(~torch.isfinite(score), -1)
     return Beams(items, score)
 
 
