@@ -13,7 +13,7 @@ from factories import random_recommender
 
 from llmrec.cli.main import app
 from llmrec.data import Interactions, Items, leave_one_out
-from llmrec.data.columns import _ALIASES, _FLAGS
+from llmrec.data.columns import _ALIASES, FLAGS
 from llmrec.engine.http import RecommendedItem, RecommendRequest, RecommendResponse
 from llmrec.engine.launch import server_command
 from llmrec.environment import DEFAULT_KV_CACHE_GIB
@@ -121,7 +121,7 @@ def test_the_aliases_of_columns_are_those_of_the_code() -> None:
     for name, aliases, flag in rows:
         plain = [alias.strip().lower().replace("_", "") for alias in aliases.split(";")[0].split(",")]
         documented[name] = (set(plain) | {name.replace("_", "")}, flag)
-    expected = {name: (set(aliases) | {name.replace("_", "")}, _FLAGS[name]) for name, aliases in _ALIASES.items()}
+    expected = {name: (set(aliases) | {name.replace("_", "")}, FLAGS[name]) for name, aliases in _ALIASES.items()}
     assert documented == expected
 
 
