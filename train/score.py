@@ -163,8 +163,8 @@ def quantised_codes(recommender: Any) -> Any:
     Codes that were made unique by moving items have no other form: their ID level is the item level.
     """
     codes = recommender.catalog.codes
-    appended = recommender.settings.training.get("semantic_ids", {}).get("collisions") == "append"
-    return codes[:, :-1] if appended else codes
+    quantised = recommender.settings.training.get("semantic_ids", {}).get("arguments", {}).get("num_levels")
+    return codes if quantised is None else codes[:, :quantised]
 
 
 def show(console: "Console", result: dict[str, Any], arguments: ScoreArguments) -> None:

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from llmrec.exceptions import TokenizerError
 from llmrec.quantization import ResidualKMeans, resolve_collisions
-from llmrec.quantization.residual_kmeans import nearest
+from llmrec.quantization import collisions as module
+from llmrec.quantization.collisions import compare_policies
+from llmrec.quantization.nearest import nearest
 
 
 def quantizer_of(*codebooks: list[list[float]]) -> ResidualKMeans:
@@ -144,3 +146,157 @@ def test_misuse_is_refused() -> None:
         resolve_collisions(np.array([[0]]), np.array([[0.0]]), quantizer, "drop")
     with pytest.raises(TokenizerError, match=r"shape \(2, 1\) do not belong to 1 embeddings"):
         resolve_collisions(np.array([[0], [0]]), np.array([[0.0]]), quantizer)
+
+
+def test_allow_changes_nothing_and_counts() -> None:
+    quantizer = quantizer_of([[0.0], [10.0]], [[0.0], [1.0]])
+    vectors = np.array([[0.0], [10.0], [0.1], [11.0], [-0.1]])
+    codes = quantizer.encode(vectors)
+    resolved = resolve_collisions(codes, vectors, quantizer, "allow")
+    np.testing.assert_array_equal(resolved.codes, codes)
+    report = resolved.report
+    assert (report.policy, report.sharing_items, report.sharing_items_after) == ("allow", 3, 3)
+    assert report.collision_rate_after == report.collision_rate == pytest.approx(2 / 5)
+    assert (report.moved_items, report.added_distortion, report.tokens_per_item) == (0, 0, 2)
+
+
+def test_sinkhorn_by_hand() -> None:
+    # Two items collide on the point 0, whose share of the plan is split between them. Of the others, item 0 takes 1
+    # and 2 wholly, of which 1 is nearer to it, and item 1 takes -1.
+    quantizer = quantizer_of([[0.0], [100.0]], [[0.0], [1.0], [-1.0], [2.0]])
+    vectors = np.array([[0.3], [0.1], [101.0]])
+    resolved = resolve_collisions(quantizer.encode(vectors), vectors, quantizer, "sinkhorn")
+    assert resolved.codes.tolist() == [[0, 1], [0, 2], [1, 1]]
+    report = resolved.report
+    assert (report.policy, report.sinkhorn_rounds, report.second_step) == ("sinkhorn", 1, "none")
+    assert (report.moved_items, report.sharing_items_after, report.sharing_items_sinkhorn) == (2, 0, 0)
+    assert report.added_distortion == pytest.approx((0.49 - 0.09 + 1.21 - 0.01) / 3)
+
+
+def test_sinkhorn_is_told_what_it_cannot_separate() -> None:
+    quantizer = quantizer_of([[0.0]], [[0.0], [1.0], [5.0]])
+    vectors = np.array([[0.1], [0.1], [0.1]])  # equal items have equal rows of every plan
+    resolved = resolve_collisions(quantizer.encode(vectors), vectors, quantizer, "sinkhorn")
+    assert sorted(resolved.codes[:, 1].tolist()) == [0, 1, 2]
+    report = resolved.report
+    assert (report.sinkhorn_rounds, report.sharing_items_sinkhorn, report.second_step) == (1, 3, "reassign")
+    crowd = np.full((4, 1), 0.1)
+    resolved = resolve_collisions(quantizer.encode(crowd), crowd, quantizer, "sinkhorn")
+    assert resolved.report.second_step == "append"
+    assert resolved.codes[:, 2].tolist() == [0, 1, 2, 3]
+
+
+def test_sinkhorn_maps_what_collides_round_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the rounds done group by group, with everything in one problem at a time."""
+    generator = np.random.default_rng(5)
+    quantizer = quantizer_of(*(3 * generator.normal(size=(1, 4, 3))).tolist(), generator.normal(size=(12, 3)).tolist())
+    vectors = quantizer.codebooks[0][generator.integers(0, 4, 40)] + generator.normal(scale=0.6, size=(40, 3))
+    original = quantizer.encode(vectors)
+    expected, rounds = original.copy(), 0
+    while len(np.unique(expected, axis=0)) < 40 and rounds < 20:
+        before = expected.copy()
+        rounds += 1
+        for code in np.unique(before, axis=0):
+            rows = np.flatnonzero((before == code).all(axis=1))
+            if len(rows) > 1:
+                candidates = np.column_stack([np.full(12, code[0]), np.arange(12)])
+                points = quantizer.decode(candidates).astype(np.float64)
+                expected[rows, 1] = module.uniform_mapping(((vectors[rows, None] - points) ** 2).sum(axis=2))
+        if (before == expected).all():
+            break
+    assert rounds > 1
+    for entries in (4_000_000, 30):
+        monkeypatch.setattr(module, "ENTRIES", entries)
+        resolved = resolve_collisions(original, vectors, quantizer, "sinkhorn")
+        assert resolved.report.sinkhorn_rounds == rounds
+        assert resolved.report.sharing_items_sinkhorn == 40 - len(
+            [1 for row in expected.tolist() if expected.tolist().count(row) == 1]
+        )
+        if resolved.report.second_step == "none":
+            np.testing.assert_array_equal(resolved.codes, expected)
+    np.testing.assert_array_equal(module._map_uniformly(original, vectors, quantizer)[0], expected)
+
+
+class Curved:
+    """A quantizer of no sums: its decoder is all that is known of it."""
+
+    codebook_sizes = (3, 16)
+
+    def __init__(self) -> None:
+        generator = np.random.default_rng(0)
+        self.tables = [generator.normal(size=(size, 4)) for size in self.codebook_sizes]
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        return np.tanh(self.tables[0][codes[:, 0]] + self.tables[1][codes[:, 1]]).astype(np.float32)
+
+
+@pytest.mark.parametrize("policy", ["reassign", "sinkhorn", "append", "auto"])
+def test_any_quantizer_will_do(policy: str) -> None:
+    quantizer = Curved()
+    generator = np.random.default_rng(1)
+    codes = np.column_stack([generator.integers(0, 3, 30), generator.integers(0, 3, 30)]).astype(np.int32)
+    vectors = quantizer.decode(codes) + generator.normal(scale=0.05, size=(30, 4))
+    resolved = resolve_collisions(codes, vectors, quantizer, policy)
+    assert len(np.unique(resolved.codes, axis=0)) == 30
+    before = ((vectors - quantizer.decode(codes)) ** 2).sum(axis=1).mean()
+    after = ((vectors - quantizer.decode(resolved.codes[:, :2])) ** 2).sum(axis=1).mean()
+    assert resolved.report.distortion_before == pytest.approx(before)
+    assert resolved.report.added_distortion == pytest.approx(after - before)
+    assert resolved.report.moved_items == int((resolved.codes[:, :2] != codes).any(axis=1).sum())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_sinkhorn_ends_with_unique_codes_and_old_prefixes(data: st.DataObject) -> None:
+    generator = np.random.default_rng(data.draw(st.integers(0, 999)))
+    items, size = data.draw(st.integers(1, 25)), data.draw(st.integers(1, 6))
+    quantizer = quantizer_of(*generator.normal(size=(2, size, 2)).tolist())
+    vectors = generator.integers(-1, 2, size=(items, 2)).astype(np.float32)  # with duplicates
+    codes = quantizer.encode(vectors)
+    resolved = resolve_collisions(codes, vectors, quantizer, "sinkhorn")
+    assert len(np.unique(resolved.codes, axis=0)) == items
+    np.testing.assert_array_equal(resolved.codes[:, 0], codes[:, 0])
+    alone = [codes.tolist().count(code) == 1 for code in codes.tolist()]
+    if resolved.report.second_step != "reassign" and resolved.report.sinkhorn_rounds <= 1:
+        np.testing.assert_array_equal(resolved.codes[alone, 1], codes[alone, 1])
+
+
+def test_policies_are_compared() -> None:
+    generator = np.random.default_rng(2)
+    vectors = generator.normal(size=(300, 4))
+    quantizer = ResidualKMeans(2, 16, niter=3).fit(vectors)
+    codes = quantizer.encode(vectors)
+    copy = codes.copy()
+    table = {row["policy"]: row for row in compare_policies(codes, vectors, quantizer)}
+    np.testing.assert_array_equal(codes, copy)
+    assert list(table) == ["allow", "append", "reassign", "sinkhorn"]
+    largest = np.bincount(codes[:, 0]).max()
+    assert largest > 16  # so that reassignment does not fit
+    assert (table["reassign"]["possible"], table["reassign"]["moved_items"]) == (False, None)
+    assert table["reassign"]["why_not"] == f"{largest} items share a prefix, 16 last codes"
+    assert table["append"]["tokens_per_item"] == table["sinkhorn"]["tokens_per_item"] == 3
+    assert table["allow"]["tokens_per_item"] == 2
+    assert table["allow"]["collision_rate_after"] == table["allow"]["collision_rate_before"] > 0
+    assert len({frozenset(row) for row in table.values()}) == 1  # one set of columns
+
+    roomy = ResidualKMeans(2, 64, niter=3).fit(vectors)
+    codes = roomy.encode(vectors)
+    table = {row["policy"]: row for row in compare_policies(codes, vectors, roomy)}
+    for policy in ("reassign", "sinkhorn", "append", "allow"):
+        report = resolve_collisions(codes, vectors, roomy, policy).report
+        for name in ("moved_items", "added_distortion", "tokens_per_item", "collision_rate_after", "second_step"):
+            assert table[policy][name] == getattr(report, name)
+        assert table[policy]["added_share"] == pytest.approx(report.added_distortion / report.distortion_before)
+    assert 0 < table["reassign"]["added_distortion"] <= table["sinkhorn"]["added_distortion"]
+
+
+@pytest.mark.parametrize("levels", [1, 3, 9])
+def test_groups_are_those_of_equal_rows(levels: int) -> None:
+    generator = np.random.default_rng(levels)
+    for high in (2, 40_000):  # nine levels of 40,000 do not fit into one number
+        codes = generator.integers(0, high, size=(200, levels)).astype(np.int32)
+        codes = codes[generator.integers(0, 200, 400)]
+        group, sizes = module._groups(codes)
+        _, expected, counts = np.unique(codes, axis=0, return_inverse=True, return_counts=True)
+        np.testing.assert_array_equal(group, expected.reshape(-1))
+        np.testing.assert_array_equal(sizes, counts)

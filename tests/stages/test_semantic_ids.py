@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 from llmrec.catalog import Catalog
 from llmrec.data import Interactions, Items, leave_one_out
 from llmrec.embedding import EmbeddingStore, Fusion, cooccurrence_embeddings
-from llmrec.quantization import ResidualKMeans
+from llmrec.quantization import HashedCodes, ProductQuantizer, ResidualKMeans, ResidualVQ, ScalarQuantizer
+from llmrec.quantization.rqvae import RQVAE
 
 ROOT = Path(__file__).parents[2]
 STAGE = ROOT / "semantic_ids"
@@ -157,14 +158,57 @@ def test_text_alone_needs_no_interactions(data: Path, embeddings: Path) -> None:
     assert not (data / "text" / "fusion").exists()
 
 
+QUANTIZERS = {
+    "rkmeans": ResidualKMeans,
+    "rvq": ResidualVQ,
+    "pq": ProductQuantizer,
+    "opq": ProductQuantizer,
+    "fsq": ScalarQuantizer,
+    "hash": HashedCodes,
+    "rqvae": RQVAE,
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_every_quantizer_ends_with_unique_codes_of_its_own(data: Path, embeddings: Path, name: str) -> None:
+    out = data / name
+    flags = ("--quantizer", name, "--codebook-size", 8, "--num-levels", 2, "--epochs", 3)
+    done = run("build.py", "--embeddings", embeddings, "--out", out, *flags)
+    assert done.returncode == 0, done.stderr
+    described = json.loads((out / "semantic_ids.json").read_text())
+    assert described["quantizer"] == described["arguments"]["quantizer"] == name
+    codes = load_file(out / "codes.safetensors")["codes"]
+    assert len(np.unique(codes, axis=0)) == 41
+    assert (codes < described["codebook_sizes"]).all()
+    quantizer = QUANTIZERS[name].from_pretrained(out / "codebooks")
+    store = EmbeddingStore.load(embeddings)
+    vectors = store.rows(store.item_ids)
+    fresh = quantizer.encode_ids(store.item_ids) if name == "hash" else quantizer.encode(vectors)
+    moved = (fresh != codes[:, : fresh.shape[1]]).any(axis=1)
+    assert int(moved.sum()) == described["collisions"]["moved_items"]
+    assert Catalog.from_build(out).ids == store.item_ids
+    assert not out.with_name(f"{name}.checkpoints").exists()
+
+
+def test_options_of_residual_kmeans_and_sinkhorn_are_taken(data: Path, embeddings: Path) -> None:
+    flags = ("--balanced", "True", "--normalise-residuals", "True", "--collisions", "sinkhorn", "--codebook-size", 8)
+    done = run("build.py", "--embeddings", embeddings, "--out", data / "options", *flags)
+    assert done.returncode == 0, done.stderr
+    quantizer = ResidualKMeans.from_pretrained(data / "options" / "codebooks")
+    assert (quantizer.balanced, quantizer.normalise_residuals) == (True, True)
+    assert len(np.unique(load_file(data / "options" / "codes.safetensors")["codes"], axis=0)) == 41
+
+
 def test_recipes_name_only_flags_that_exist(data: Path, embeddings: Path) -> None:
     for recipe in sorted((STAGE / "recipes").glob("*.yaml")):
         lines = recipe.read_text().splitlines()
         script = "embed.py" if recipe.name.startswith("embed") else "build.py"
         assert lines[0].startswith(f"# python semantic_ids/{script} --config semantic_ids/recipes/{recipe.name} ")
-    recipe = STAGE / "recipes" / "rkmeans_text_3x256.yaml"
-    done = run("build.py", "--config", recipe, "--embeddings", embeddings, "--out", data / "recipe")
-    assert done.returncode == 0, done.stderr
+    for name in ("rkmeans_text_3x256", "rqvae_3x256", "opq_4x256", "fsq_4"):
+        recipe = STAGE / "recipes" / f"{name}.yaml"
+        quick = ("--epochs", 2) if name.startswith("rqvae") else ()
+        done = run("build.py", "--config", recipe, "--embeddings", embeddings, "--out", data / name, *quick)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
