@@ -128,7 +128,8 @@ class Items:
         cleaned = {name: _clean(frame[name]) for name in others}
         titles: list[str | None] = clean_titles(frame[title], source) if title else [None] * frame.height
         missing = [row for row, value in enumerate(titles) if not value]
-        if missing:
+        # A table of ids alone is meant to be one; there is no text to name.
+        if missing and (title is not None or others):
             row = int(kept.arg_true()[missing[0]])
             logger.warning(
                 "%d item(s) have no title, such as %s (item %r); their first other text, or else their id, stands in: "

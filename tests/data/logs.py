@@ -89,3 +89,14 @@ def logged(rows: Rows, timed: bool = True) -> tuple[Interactions, Items, Split]:
     ids = sorted({row[1] for row in rows})
     items = Items.from_frame(pl.DataFrame({"item_id": ids, "title": [f"Thing called {item}" for item in ids]}))
     return interactions, items, leave_one_out(interactions, items)
+
+
+def random_split(seed: int, users: int = 40, items: int = 7) -> Split:
+    generator = np.random.default_rng(seed)
+    sequences, times = [], []
+    for _ in range(users):
+        length = int(generator.integers(1, 9))
+        sequences.append(generator.integers(0, items, length).tolist())
+        own = np.sort(generator.integers(0, 60, length)) * 10_000.0 + START
+        times.append([None if generator.random() < 0.1 else float(t) for t in own])
+    return split_of(sequences, times, num_items=items + 2)

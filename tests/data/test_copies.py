@@ -2,24 +2,12 @@
 
 import numpy as np
 import pytest
-from logs import START, split_of
+from logs import split_of
 
 from llmrec.data.copies import equal_users
 from llmrec.data.leaks import (
     repeats,
 )
-from llmrec.data.split import Split
-
-
-def random_split(seed: int, users: int = 40, items: int = 7) -> Split:
-    generator = np.random.default_rng(seed)
-    sequences, times = [], []
-    for _ in range(users):
-        length = int(generator.integers(1, 9))
-        sequences.append(generator.integers(0, items, length).tolist())
-        own = np.sort(generator.integers(0, 60, length)) * 10_000.0 + START
-        times.append([None if generator.random() < 0.1 else float(t) for t in own])
-    return split_of(sequences, times, num_items=items + 2)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -256,3 +256,11 @@ def test_unknown_items_are_counted_with_the_first_row_of_the_file(tmp_path, capl
     )
     items_of(item_id=["a"], title=["A"]).with_missing(Interactions(log.frame))
     assert "such as 'c'; they are kept" in caplog.records[-1].getMessage()
+
+
+def test_a_table_of_ids_alone_is_no_flaw(caplog):
+    with caplog.at_level("WARNING"):
+        assert Items.from_frame(pl.DataFrame({"item_id": ["a", "b"]})).missing_titles == 2
+        assert not caplog.records
+        Items.from_frame(pl.DataFrame({"item_id": ["a", "b"], "brand": ["x", "y"]}))
+        assert "have no title" in caplog.text
