@@ -124,7 +124,8 @@ def main(arguments: ScoreArguments, names: ColumnArguments, splits: SplitArgumen
             counted = np.flatnonzero(evaluation.counted)
             chosen = np.arange(len(evaluation.counted)) if cases is None else cases
             histories = split.histories(arguments.part)
-            levels = Identifiers.from_codes(quantised_codes(recommender)).rank_lists(
+            identifiers = Identifiers.from_codes(quantised_codes(recommender))
+            levels = identifiers.rank_lists(
                 [lists[place] for place in counted],
                 split.targets(arguments.part)[chosen[counted]],
                 [histories[case] for case in chosen[counted]],
@@ -133,7 +134,7 @@ def main(arguments: ScoreArguments, names: ColumnArguments, splits: SplitArgumen
                 evaluation.user_places()[counted],
                 [(metric, k) for k in arguments.ks for metric in ("HR", "NDCG")],
                 seed=arguments.seed,
-            )
+            ) | {"shared_items": round(identifiers.sharing * split.num_items)}
         evaluation.save(Path(arguments.out).parent, document)
         systems[evaluation.system.replace("-", "_")] = document
     result: dict[str, Any] = {
@@ -187,10 +188,14 @@ def show(console: "Console", result: dict[str, Any], arguments: ScoreArguments) 
         slices.add_row(name, f"{values['cases']:,}", *scores)
     console.print(slices)
     level = systems["llmrec"]["id_level"]
-    console.print(
-        f"HR@{k} of llmrec as some papers count it, by the quantiser's IDs: {level[f'HR@{k} (ID level)']:.4f}, which "
-        f"is {level[f'HR@{k} inflation']:+.4f} against items that share an ID in random order."
-    )
+    counted, more = level[f"HR@{k} (ID level)"], level[f"HR@{k} inflation"]
+    if level["shared_items"]:
+        console.print(
+            f"HR@{k} of llmrec as some papers count it, by the quantiser's IDs: {counted:.4f}, which is {more:+.4f} "
+            f"against items in random order ({level['shared_items']:,} items share an ID)."
+        )
+    else:
+        console.print(f"Every item has an ID of its own: HR@{k} counted by IDs, as some papers do, is the same.")
     console.print(
         f"{result['cases']:,} cases of {result['users']:,} users, {result['items']:,} items"
         f"{f', {kept:,} cases kept apart' if (kept := systems['llmrec']['cases_kept_apart']) else ''}, "
