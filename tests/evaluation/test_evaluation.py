@@ -10,6 +10,7 @@ from llmrec.data.arguments import SplitArguments
 from llmrec.data.interactions import Interactions
 from llmrec.data.items import Items
 from llmrec.evaluation.evaluation import Evaluation, evaluate
+from llmrec.evaluation.ranks import rank_scores
 from llmrec.exceptions import DataError
 
 DAY = 86_400
@@ -19,15 +20,16 @@ DAY = 86_400
 def split(request):
     rng = np.random.default_rng(0)
     rows = 900
+    users, items = rng.integers(0, 90, rows), np.minimum(rng.zipf(1.4, rows), 30)
+    # Some users and items come late: training by time does not hold them.
+    days = np.where((users >= 75) | (items % 7 == 0), rng.integers(33, 40, rows), rng.integers(0, 40, rows))
     frame = pl.DataFrame(
-        {
-            "user_id": rng.integers(0, 90, rows).astype(str),
-            "item_id": np.minimum(rng.zipf(1.4, rows), 30).astype(str),
-            "timestamp": 16_000 * DAY + rng.integers(0, 40, rows) * DAY,
-        }
+        {"user_id": users.astype(str), "item_id": items.astype(str), "timestamp": 16_000 * DAY + days * DAY}
     )
     items = Items.from_frame(pl.DataFrame({"item_id": [str(n) for n in range(1, 36)]}))
-    return SplitArguments(request.param).make(Interactions.from_frame(frame), items)
+    split = SplitArguments(request.param).make(Interactions.from_frame(frame), items)
+    assert split.headline("test").all() == (request.param == "leave-one-out")
+    return split
 
 
 def coarse_scores(num_items, seed=0, levels=6):
@@ -66,6 +68,9 @@ def by_definition(split, part, score, ks):
 def test_scores_equal_their_definition(split):
     score = coarse_scores(split.num_items)
     evaluation = evaluate("coarse", split, scores=score, ks=(1, 5, 10))
+    _, lists = rank_scores(score, split.histories("test"), split.targets("test"), split.num_items, k=1)
+    shown = {row for row, counts in zip(lists[:, 0].tolist(), split.headline("test"), strict=True) if counts}
+    assert evaluation.document(resamples=10)["coverage@1"] == len(shown) / split.num_items
     expected = by_definition(split, "test", score, (1, 5, 10))
     assert evaluation.table() == pytest.approx(expected, abs=1e-12)
     document = evaluation.document()
@@ -96,7 +101,9 @@ def test_scores_equal_their_definition(split):
 
 def test_lists_have_the_order_that_they_have(split):
     def recommend(histories, k):
-        return [[row for row in range(split.num_items) if row not in set(h.tolist())][:k] for h in histories]
+        """The first rows that are new; to users without a history, the last rows of all."""
+        orders = [range(split.num_items) if len(h) else range(split.num_items - 1, -1, -1) for h in histories]
+        return [[r for r in o if r not in set(h.tolist())][:k] for o, h in zip(orders, histories, strict=True)]
 
     evaluation = evaluate("first", split, part="valid", recommend=recommend, ks=(3, 5))
     targets = split.targets("valid").tolist()
@@ -118,6 +125,13 @@ def test_without_a_headline_case_there_is_no_document(split):
     evaluation = evaluate("apart", split, scores=coarse_scores(split.num_items))
     with pytest.raises(DataError, match=r"All \d+ cases are of users or items that training does not hold"):
         replace(evaluation, counted=np.zeros_like(evaluation.counted)).document()
+
+
+def test_what_is_no_item_covers_none():
+    interactions = Interactions.from_frame(pl.DataFrame({"user_id": ["a"] * 4, "item_id": list("wxyz")}))
+    split = SplitArguments().make(interactions, Items.from_interactions(interactions))
+    document = evaluate("odd", split, recommend=lambda h, k: [[9, 3]], ks=(2,)).document()
+    assert document["coverage@2"] == 1 / 4
 
 
 def test_faults_of_a_list_are_counted():
@@ -161,7 +175,8 @@ def test_intervals_do_not_depend_on_what_ran_before(split):
 
 def test_a_choice_of_cases(split):
     score = coarse_scores(split.num_items)
-    chosen = np.array([3, 4, 11, 17, 20])
+    apart = np.flatnonzero(~split.headline("test"))[2:4]
+    chosen = np.unique(np.concatenate([[3, 4, 11, 17, 20], apart]))
     some = evaluate("some", split, scores=score, cases=chosen, ks=(5,))
     whole = evaluate("some", split, scores=score, ks=(5,))
     assert some.table().tolist() == whole.table()[chosen].tolist()
