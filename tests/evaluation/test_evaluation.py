@@ -96,6 +96,7 @@ def test_scores_equal_their_definition(split):
     repeated = np.array([t in h for t, h in zip(split.targets("test"), histories, strict=True)])
     assert document["repeated_share"] == pytest.approx(repeated[counted].mean())
     assert document["ties"] == "expected"
+    assert (document["invalid_rate"], document["duplicate_rate"], document["seen_rate"]) == (0, 0, 0)
     json.dumps(document, allow_nan=False)
 
 
