@@ -4,7 +4,6 @@ from llmrec.evaluation.baselines import ItemCF, Popularity
 from llmrec.evaluation.metrics import (
     duplicate_rate,
     hit_rate,
-    interval95,
     invalid_rate,
     ndcg,
     ranking_metrics,
@@ -16,7 +15,6 @@ __all__ = [
     "Popularity",
     "duplicate_rate",
     "hit_rate",
-    "interval95",
     "invalid_rate",
     "ndcg",
     "ranking_metrics",

@@ -7,6 +7,7 @@ negative values as padding, or ragged; a padded place is no recommendation.
 import numpy as np
 import numpy.typing as npt
 
+from llmrec.data import distribution
 from llmrec.evaluation.ranks import Lists, Places, flattened
 from llmrec.exceptions import DataError
 
@@ -38,12 +39,7 @@ def gini(lists: Lists, num_items: int) -> float:
     >>> gini([[0], [0], [0]], num_items=4)
     0.75
     """
-    shown = np.sort(_exposure(lists, num_items))
-    total = int(shown.sum())
-    if not total:
-        return 0.0
-    weighted = int((np.arange(1, num_items + 1) * shown).sum())
-    return (2 * weighted - (num_items + 1) * total) / (num_items * total)
+    return distribution.gini(_exposure(lists, num_items))
 
 
 def novelty(lists: Lists, counts: npt.ArrayLike) -> float:

@@ -17,8 +17,6 @@ from llmrec.exceptions import DataError
 Metric = Literal["HR", "NDCG", "MRR"]
 TieRule = Literal["expected", "optimistic", "pessimistic"]
 
-_Z = 1.959963984540054  # the 97.5 % quantile of the standard normal distribution
-
 
 def values(ranks: Ranks, metric: Metric, k: int, ties: TieRule = "expected") -> npt.NDArray[np.float64]:
     """The value (C,) of every case; their mean is the metric.
@@ -95,29 +93,6 @@ def ndcg(ranks: npt.ArrayLike, k: int) -> float:
     0.375
     """
     return float(_gains(ranks, k).mean())
-
-
-def interval95(ranks: npt.ArrayLike, k: int, metric: Literal["HR", "NDCG"] = "HR") -> tuple[float, float]:
-    """The 95 % confidence interval of HR@k (Wilson 1927) or NDCG@k (normal, with the sample's deviation) over users.
-
-    It is about users drawn like these; it says nothing of training seeds. NDCG's needs two users: one has (0, 1).
-
-    >>> low, high = interval95([0] * 10 + [-1] * 90, k=10)
-    >>> round(low, 4), round(high, 4)
-    (0.0552, 0.1744)
-    """
-    if metric == "HR":
-        hits = _hits(ranks, k)
-        n, p = len(hits), float(hits.mean())
-        centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-        half = _Z / (1 + _Z**2 / n) * float(np.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2)))
-    else:
-        gains = _gains(ranks, k)
-        if len(gains) < 2:
-            return 0.0, 1.0
-        centre = float(gains.mean())
-        half = _Z * float(gains.std(ddof=1)) / float(np.sqrt(len(gains)))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def ranking_metrics(ranks: npt.ArrayLike, ks: Sequence[int] = (5, 10, 20)) -> dict[str, float]:

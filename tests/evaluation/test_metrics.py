@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from llmrec.evaluation.metrics import (
     duplicate_rate,
     hit_rate,
-    interval95,
     invalid_rate,
     ndcg,
     ranking_metrics,
@@ -73,37 +72,8 @@ def test_the_keys_of_ranking_metrics():
     assert all(type(value) is float for value in metrics.values())
 
 
-def test_wilson_interval_is_where_the_test_statistic_meets_the_quantile():
-    # The bounds are the p0 for which |p - p0| = z * sqrt(p0 (1 - p0) / n).
-    ranks = [0] * 37 + [-1] * 463
-    for bound in interval95(ranks, 10):
-        statistic = abs(37 / 500 - bound) / math.sqrt(bound * (1 - bound) / 500)
-        assert statistic == pytest.approx(1.959964, abs=1e-5)
-    assert interval95([-1] * 10, 10)[0] == 0.0
-    assert 0.2 < interval95([-1] * 10, 10)[1] < 0.3
-    assert interval95([0] * 10, 10)[1] == pytest.approx(1.0)
-
-
-def test_normal_interval_of_ndcg():
-    # gains 1, 1/2, 0, 0: mean 3/8, variance (25 + 1 + 9 + 9) / 64 / 3
-    low, high = interval95([0, 2, -1, -1] * 100, 10, "NDCG")
-    deviation = math.sqrt(44 / 64 / 4 * 400 / 399)
-    assert (low + high) / 2 == pytest.approx(3 / 8)
-    assert (high - low) / 2 == pytest.approx(1.959964 * deviation / 20, abs=1e-6)
-    assert interval95([3], 10, "NDCG") == (0.0, 1.0)
-
-
-def test_the_interval_covers_the_truth_in_about_95_of_100_draws():
-    rng = np.random.default_rng(0)
-    covered = 0
-    for _ in range(400):
-        low, high = interval95(np.where(rng.random(300) < 0.1, 0, -1), 10)
-        covered += low <= 0.1 <= high
-    assert 0.92 < covered / 400 < 0.98
-
-
 def test_bad_inputs():
-    for metric in (hit_rate, ndcg, interval95):
+    for metric in (hit_rate, ndcg):
         with pytest.raises(DataError, match="no ranks"):
             metric([], 10)
         with pytest.raises(DataError, match="k is 0"):
