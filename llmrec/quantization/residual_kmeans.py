@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from llmrec import __version__
 from llmrec.exceptions import ArtefactError, TokenizerError
+from llmrec.quantization.codebooks import check_codes
 from llmrec.quantization.kmeans import Init, balanced_kmeans, kmeans, label_sums
 from llmrec.quantization.nearest import check_matrix, chunks, nearest
 from llmrec.storage import atomic_path, write_json
@@ -167,14 +168,7 @@ class ResidualKMeans:
     def decode(self, codes: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
         """(N, L) -> (N, D), the sum of the levels' points; raises TokenizerError for codes outside codebooks."""
         tables = self.tables
-        codes = np.asarray(codes)
-        if codes.ndim != 2 or codes.shape[1] != len(tables):
-            raise TokenizerError(f"Codes of shape {codes.shape} do not have {len(tables)} levels. Give (N, L).")
-        if len(codes) and (codes.min() < 0 or (codes.max(axis=0) >= self.codebook_sizes).any()):
-            raise TokenizerError(
-                f"Codes reach {codes.max(axis=0).tolist()} and {codes.min()}, codebooks have {self.codebook_sizes} "
-                "entries. Decode the codes of this quantizer."
-            )
+        codes = check_codes(codes, self.codebook_sizes)
         points = np.empty((len(codes), tables[0].shape[1]), dtype=np.float32)
         for rows in chunks(len(codes), BLOCK):
             points[rows] = sum(table[codes[rows, level]].astype(np.float64) for level, table in enumerate(tables))

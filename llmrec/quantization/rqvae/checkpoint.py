@@ -38,10 +38,11 @@ class Checkpoint:
         with atomic_path(self.path) as temporary:
             save_file(tensors, temporary, metadata={"run": self.run, "progress": json.dumps(progress)})
 
-    def load(self, network: nn.Module, optimizer: Any) -> dict[str, Any] | None:
+    def load(self, network: nn.Module, optimizer: Any, quiet: bool = False) -> dict[str, Any] | None:
         """Fills network and optimiser and returns the progress, or None if there is nothing to resume.
 
-        A file of another run or one that cannot be read is passed over with a warning and overwritten later.
+        A file of another run or one that cannot be read is passed over, unless `quiet` with a warning, and overwritten
+        later.
         """
         if not self.path.is_file():
             return None
@@ -49,7 +50,8 @@ class Checkpoint:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("run") != self.run:
-                    logger.warning("%s is of other settings or embeddings; the fit begins anew.", self.path)
+                    if not quiet:
+                        logger.warning("%s is of other settings or embeddings; the fit begins anew.", self.path)
                     return None
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             progress: dict[str, Any] = json.loads(metadata["progress"])
@@ -62,6 +64,7 @@ class Checkpoint:
             network.load_state_dict(weights)
             optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-            logger.warning("%s cannot be resumed from (%r); the fit begins anew.", self.path, error)
+            if not quiet:
+                logger.warning("%s cannot be resumed from (%r); the fit begins anew.", self.path, error)
             return None
         return progress

@@ -1,5 +1,6 @@
 """One level of an RQ-VAE: its codes, who is nearest, how they learn, and the two ways a gradient passes the choice."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -64,16 +65,21 @@ class Codebook(nn.Module):
         self.sums.copy_(self.codes * self.counts[:, None])
 
     @torch.no_grad()
-    def average(self, residuals: Tensor, chosen: Tensor) -> None:
+    def average(self, residuals: Tensor, chosen: Tensor, add: Callable[[Tensor], Tensor] | None = None) -> None:
         """One step of the moving averages with a batch's residuals (B, d) and their codes (B,).
 
-        A product with the one-hot matrix sums in a fixed order on a GPU too, where scattered additions do not.
+        A product with the one-hot matrix sums in a fixed order on a GPU too, where scattered additions do not. Where
+        the batch is spread over processes, `add` gives a tensor's sum over them.
         """
         if not self.learns_by_average:
             return
         one_hot = nn.functional.one_hot(chosen, len(self.codes)).to(residuals.dtype)  # (B, K)
-        self.counts.mul_(self.decay).add_(one_hot.sum(dim=0), alpha=1 - self.decay)
-        self.sums.mul_(self.decay).add_(one_hot.T @ residuals, alpha=1 - self.decay)
+        counts, sums = one_hot.sum(dim=0), one_hot.T @ residuals
+        if add is not None:
+            counts, sums = add(torch.column_stack([counts, sums])).split([1, sums.shape[1]], dim=1)
+            counts = counts[:, 0]
+        self.counts.mul_(self.decay).add_(counts, alpha=1 - self.decay)
+        self.sums.mul_(self.decay).add_(sums, alpha=1 - self.decay)
         alive = self.counts > TINY
         self.codes[alive] = self.sums[alive] / self.counts[alive, None]
 

@@ -29,6 +29,8 @@ STEPS, LEAST_EPOCHS = 8000, 20
 Estimator = Literal["rotation", "straight-through"]
 Update = Literal["ema", "gradient"]
 Precision = Literal["no", "bf16", "fp16"]
+# Settings that folders of earlier versions do not name; they were off.
+LATER = ("alignment", "diversity", "diversity_clusters")
 Weights = dict[str, npt.NDArray[Any]]
 
 
@@ -49,10 +51,14 @@ class RQVAE:
         update: "ema" moves codes by moving averages, "gradient" by the optimiser.
         commitment: β.
         decay: of the moving averages, per batch.
-        epochs: passes over the items, a tenth of them without quantisation; None for as many as make about 8,000
-            batches, at least 20.
+        epochs: passes over the items, a tenth of them without quantisation; None: about 8,000 batches, at least 20.
         batch_size: B.
         learning_rate: Adam's at its height.
+        alignment: weight α of LETTER's contrastive loss between an item's quantised embedding and its collaborative
+            one, 0 for none. Encoding takes the text embedding alone, new items' too.
+        diversity: weight β of LETTER's loss that brings codes of one cluster together, 0 for none. It moves codes by
+            their gradient and takes update="gradient".
+        diversity_clusters: G, the clusters of a level's codes.
         revive_below: codes that get less than this share of an even use in an epoch are moved; 0 never.
         mixed_precision: "bf16" or "fp16" runs encoder and decoder in it while fitting, by accelerate.
         seed: of weights, batches, k-means and revivals.
@@ -64,7 +70,7 @@ class RQVAE:
 
     Sources: Rajput et al., "Recommender Systems with Generative Retrieval" (TIGER, 2023), arXiv 2305.05065; Zeghidour
     et al., "SoundStream" (2021), arXiv 2107.03312, for k-means initialisation and the revival of dead codes; see
-    `rqvae.codebook` for the rest.
+    `rqvae.codebook` and `rqvae.alignment` for the rest.
     """
 
     def __init__(
@@ -83,14 +89,20 @@ class RQVAE:
         revive_below: float = 0.05,
         mixed_precision: Precision = "no",
         seed: int = 0,
+        alignment: float = 0.0,
+        diversity: float = 0.0,
+        diversity_clusters: int = 10,
     ) -> None:
         check_positive(num_levels=num_levels, codebook_size=codebook_size, latent_dim=latent_dim)
         check_positive(batch_size=batch_size, epochs=1 if epochs is None else epochs, hidden=min(hidden, default=1))
+        check_positive(diversity_clusters=diversity_clusters)
         for name, number, legal in (
             ("commitment", commitment, 0 <= commitment < math.inf),
             ("decay", decay, 0 <= decay < 1),
             ("learning_rate", learning_rate, 0 < learning_rate < math.inf),
             ("revive_below", revive_below, 0 <= revive_below < 1),
+            ("alignment", alignment, 0 <= alignment < math.inf),
+            ("diversity", diversity, 0 <= diversity < math.inf),
         ):
             if not legal:
                 raise TokenizerError(f"{name} is {number}. Use a positive number, below 1 for shares and decays.")
@@ -101,6 +113,11 @@ class RQVAE:
         ):
             if word not in words:
                 raise TokenizerError(f"{name} is {word!r}. Use one of {', '.join(words)}.")
+        if diversity and update != "gradient":
+            raise TokenizerError(
+                f"A diversity of {diversity} moves codes by gradients, but update is {update!r}. "
+                "Use update='gradient', or no diversity."
+            )
         self.num_levels = num_levels
         self.codebook_size = codebook_size
         self.latent_dim = latent_dim
@@ -115,6 +132,9 @@ class RQVAE:
         self.revive_below = revive_below
         self.mixed_precision = mixed_precision
         self.seed = seed
+        self.alignment = alignment
+        self.diversity = diversity
+        self.diversity_clusters = diversity_clusters
         self.log: list[dict[str, Any]] = []
         self._weights: Weights = {}
 
@@ -123,7 +143,7 @@ class RQVAE:
         """The constructor's arguments, JSON-ready."""
         names = (
             *("num_levels", "codebook_size", "latent_dim", "hidden", "estimator", "update", "commitment", "decay"),
-            *("epochs", "batch_size", "learning_rate", "revive_below", "mixed_precision", "seed"),
+            *("epochs", "batch_size", "learning_rate", "revive_below", "mixed_precision", "seed", *LATER),
         )
         return {name: list(value) if isinstance(value := getattr(self, name), tuple) else value for name in names}
 
@@ -141,33 +161,53 @@ class RQVAE:
     def fit(
         self,
         embeddings: npt.NDArray[np.floating],
+        collaborative: npt.NDArray[np.floating] | None = None,
         checkpoints: str | Path | None = None,
         checkpoint_epochs: int = 10,
         progress: bool = False,
     ) -> Self:
         """Trains on (N, D) and returns itself.
 
+        Under `torch.distributed.run` or `accelerate launch` all processes call it with the same arguments. Each works
+        on its part of every batch, and all end with the same weights: those of one process, but for rounding.
+
         Args:
             embeddings: N rows of width D; a memory map is read batch by batch.
+            collaborative: (N, C) embeddings of the same items by how users take them, for `alignment` above 0, such
+                as a sequential model's item table. Rows of zeros, items without a signal, take no part in that loss.
+                See `rqvae.alignment.collaborative_signals` for other widths and scales.
             checkpoints: a folder for the fit's state. The same fit, started again there, goes on where it was killed
-                and ends with the same weights; other settings or embeddings begin anew.
+                and ends with the same weights; other settings or embeddings begin anew. Process 0 writes it, and all
+                must see it.
             checkpoint_epochs: how many epochs lie between two checkpoints.
             progress: shows a bar.
 
         Raises:
-            TokenizerError: if the embeddings are empty or hold NaN or infinity, the loss is no finite number, or
-                accelerate cannot run as asked.
+            TokenizerError: if the embeddings are empty or hold NaN or infinity, the loss is no finite number,
+                accelerate cannot run as asked, or the collaborative embeddings do not fit.
         """
         import torch
 
+        from llmrec.quantization.rqvae.alignment import Alignment, collaborative_signals
         from llmrec.quantization.rqvae.checkpoint import Checkpoint
         from llmrec.quantization.rqvae.model import Network
+        from llmrec.quantization.rqvae.processes import is_first_process
         from llmrec.quantization.rqvae.training import train
 
         check_positive(checkpoint_epochs=checkpoint_epochs)
         embeddings = check_matrix(embeddings)
+        if (collaborative is None) == (self.alignment > 0):
+            raise TokenizerError(
+                f"The alignment is {self.alignment:g}, and collaborative embeddings are "
+                f"{'not given' if collaborative is None else 'given'}. "
+                "Give both an alignment above 0 and the embeddings, or neither."
+            )
         num_rows, width = embeddings.shape
-        size = fitting_size(self.codebook_size, num_rows)
+        signals = None if collaborative is None else collaborative_signals(collaborative, num_rows, self.latent_dim)
+        # The first process says if codebooks are smaller than asked for.
+        size = min(self.codebook_size, num_rows)
+        if is_first_process():
+            fitting_size(self.codebook_size, num_rows)
         mean, scale = _spread(embeddings)
 
         def read(rows: npt.NDArray[np.int64]) -> "Tensor":
@@ -178,6 +218,7 @@ class RQVAE:
             network = Network(
                 width, self.hidden, self.latent_dim, self.num_levels, size, self.estimator, self.update, self.decay
             )
+        checkpoint = None if checkpoints is None else Checkpoint(checkpoints, self._run(embeddings, collaborative))
         epochs = self.epochs or max(LEAST_EPOCHS, round(STEPS / math.ceil(num_rows / self.batch_size)))
         self.log = train(
             network,
@@ -192,7 +233,8 @@ class RQVAE:
             revive_below=self.revive_below,
             seed=self.seed,
             mixed_precision=self.mixed_precision,
-            checkpoint=Checkpoint(checkpoints, self._run(embeddings)) if checkpoints is not None else None,
+            alignment=Alignment(signals, self.alignment, self.diversity, self.diversity_clusters, self.seed),
+            checkpoint=checkpoint,
             checkpoint_epochs=checkpoint_epochs,
             progress=progress,
         )
@@ -260,7 +302,8 @@ class RQVAE:
             for name in (WEIGHTS_FILE, LOG_FILE):
                 if sha256_of(folder / name) != manifest["sha256"][name]:
                     raise ValueError(f"{name} is not the file that {MANIFEST_FILE} describes")
-            quantizer = cls(**{name: manifest[name] for name in cls().settings})
+            names = [name for name in cls().settings if name in manifest or name not in LATER]
+            quantizer = cls(**{name: manifest[name] for name in names})
             quantizer._weights = load_file(folder / WEIGHTS_FILE)
             quantizer.log = json.loads((folder / LOG_FILE).read_text(encoding="utf-8"))
             quantizer.decode(quantizer.encode(np.zeros((1, len(quantizer._weights["mean"])))))
@@ -281,11 +324,14 @@ class RQVAE:
                 vectors = np.maximum(vectors, 0)
         return vectors
 
-    def _run(self, embeddings: npt.NDArray[np.floating]) -> str:
-        """A hash of all that decides what a fit learns."""
-        digest = hashlib.sha256(json.dumps([self.settings, embeddings.shape, __version__]).encode())
-        for chunk in chunks(len(embeddings), CHUNK):
-            digest.update(np.ascontiguousarray(embeddings[chunk], dtype=np.float64).tobytes())
+    def _run(self, embeddings: npt.NDArray[np.floating], collaborative: npt.NDArray[np.floating] | None = None) -> str:
+        """A hash of all that decides what a fit learns; how many processes share it does not."""
+        matrices = [embeddings] if collaborative is None else [embeddings, np.asarray(collaborative)]
+        shapes = [matrix.shape for matrix in matrices]
+        digest = hashlib.sha256(json.dumps([self.settings, shapes, __version__]).encode())
+        for matrix in matrices:
+            for chunk in chunks(len(matrix), CHUNK):
+                digest.update(np.ascontiguousarray(matrix[chunk], dtype=np.float64).tobytes())
         return digest.hexdigest()
 
     def _fitted(self) -> Weights:

@@ -1,9 +1,8 @@
 """Training an RQ-VAE's network: epochs, batches, the dead codes' revival, the log. Knows no files and no items."""
 
-import logging
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,15 +11,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llmrec.exceptions import TokenizerError
+from llmrec.quantization.rqvae.alignment import Alignment
 from llmrec.quantization.rqvae.checkpoint import Checkpoint
 from llmrec.quantization.rqvae.model import Network
+from llmrec.quantization.rqvae.processes import Precision, Processes
 
-logger = logging.getLogger(__name__)
-
-Precision = Literal["no", "bf16", "fp16"]
 Read = Callable[[npt.NDArray[np.int64]], Tensor]
 
-# What the draws are for: the second number of their seeds.
+# What the draws are for: the second number of their seeds. Those of `alignment` follow.
 ORDER, PLACING, REVIVAL = range(3)
 
 
@@ -38,6 +36,7 @@ def train(
     revive_below: float,
     seed: int,
     mixed_precision: Precision = "no",
+    alignment: Alignment | None = None,
     checkpoint: Checkpoint | None = None,
     checkpoint_epochs: int = 10,
     progress: bool = False,
@@ -49,74 +48,111 @@ def train(
     over the first hundredth of the steps and falls to 0 by a cosine. After every epoch but the last, codes that got
     fewer rows than `revive_below` times an even share move to residuals of random rows.
 
-    On a CPU the same arguments give the same weights, resumed or not.
+    On a CPU the same arguments give the same weights, resumed or not. Several processes share each batch, process 0
+    places and moves the codes and writes the checkpoints, and all of them end with the same weights, those of one
+    process but for rounding.
 
     Args:
         network: on any device; returned to where accelerate runs.
         read: row numbers (B,) -> their vectors (B, D) float32.
         num_rows: N.
-        commitment: weight β of the commitment loss.
+        commitment: weight of the commitment loss.
         mixed_precision: autocast for encoder and decoder.
+        alignment: LETTER's losses, which begin after the plain epochs.
         checkpoint: written every `checkpoint_epochs` and at the end, and resumed from.
 
     Returns:
         Per epoch "epoch" (from 1), "loss", "reconstruction", "commitment" (means over the batches, in the units of
-        `read`), and for each level "used_share" of its codes, "perplexity" and how many were "revived"; the lists are
-        empty while the autoencoder is plain.
+        `read`), "alignment" and "diversity" where they have a weight, and for each level "used_share" of its codes,
+        "perplexity" and how many were "revived"; the lists are empty while the autoencoder is plain.
 
     Raises:
-        TokenizerError: if the loss is no finite number, or accelerate cannot run as asked.
+        TokenizerError: if the loss is no finite number, accelerate cannot run as asked, or not all processes see the
+            same checkpoint.
     """
-    accelerator = _accelerator(mixed_precision)
-    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
-    model, optimizer = accelerator.prepare(network, optimizer)
+    levels = network.quantizer.codebooks
+    processes = Processes(mixed_precision)
+    accelerator, device = processes.accelerator, processes.device
+    model, optimizer = processes.prepare(network, torch.optim.Adam(network.parameters(), lr=learning_rate))
     network.train()
 
     def fetch(rows: npt.NDArray[np.int64]) -> Tensor:
-        return read(rows).to(accelerator.device)
+        return read(rows).to(device)
 
     log: list[dict[str, Any]] = []
-    if checkpoint is not None and (resumed := checkpoint.load(network, optimizer)) is not None:
+    resumed = checkpoint.load(network, optimizer, quiet=not processes.first) if checkpoint is not None else None
+    if resumed is not None:
         log = resumed["log"]
         if accelerator.scaler is not None and resumed["scaler"]:
             accelerator.scaler.load_state_dict(resumed["scaler"])
+    if not processes.agree(len(log)):
+        raise TokenizerError(
+            f"Process {processes.index} found a checkpoint of {len(log)} epochs, process 0 another one. Keep the "
+            "checkpoints in a folder that all processes read, or remove them."
+        )
+    terms = {} if alignment is None else alignment.terms
     steps = math.ceil(num_rows / batch_size)
-    for epoch in tqdm(range(len(log), epochs), initial=len(log), total=epochs, desc="RQ-VAE", disable=not progress):
+    hidden = not (progress and processes.first)
+    for epoch in tqdm(range(len(log), epochs), initial=len(log), total=epochs, desc="RQ-VAE", disable=hidden):
         quantise = epoch >= warmup_epochs
         if epoch == warmup_epochs:
-            _place(network, fetch, num_rows, placing_rows, batch_size, seed)
+            if processes.first:
+                _place(network, fetch, num_rows, placing_rows, batch_size, seed)
+            _copy_codes(processes, network)
+        codebooks = [level.codes for level in levels]
+        labels = alignment.clusters_of(codebooks, epoch) if quantise and alignment is not None else []
         order = np.random.default_rng([seed, ORDER, epoch]).permutation(num_rows)
-        totals = torch.zeros(3, device=accelerator.device)
-        uses = [torch.zeros(len(level.codes), device=accelerator.device) for level in network.quantizer.codebooks]
-        for step, rows in enumerate(np.array_split(order, steps)):
+        totals = torch.zeros(3 + len(terms), device=device)
+        uses = [torch.zeros(len(level.codes), device=device) for level in levels]
+        for step, batch in enumerate(np.array_split(order, steps)):
+            places = processes.part(np.arange(len(batch)))
+            count, share = len(places), len(places) / len(batch)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * schedule(epoch * steps + step, epochs * steps)
-            reconstruction, quantised = model(fetch(rows), quantise)
+            # A process without a row of its own still takes part in the steps, with one that has no weight.
+            reconstruction, quantised = model(fetch(batch[places] if count else batch[:1]), quantise)
             loss, committed = reconstruction, torch.zeros_like(reconstruction)
+            further = [torch.zeros_like(reconstruction)] * len(terms)
             if quantised is not None:
                 committed = quantised.commitment
                 loss = reconstruction + commitment * committed + quantised.codebook
+                if alignment is not None:
+                    points, codes = quantised.points[:count], quantised.codes[:count]
+                    further = alignment.losses(points, codes, codebooks, labels, batch, places, (epoch, step))
+            loss = loss * share  # this process's part of the batch's mean
+            for weight, term in zip(terms.values(), further, strict=True):
+                loss = loss + weight * term
             optimizer.zero_grad()
             accelerator.backward(loss)
+            processes.add_gradients(network)
             optimizer.step()
-            totals += torch.stack([loss, reconstruction, committed]).detach() * (len(rows) / num_rows)
+            parts = [loss, reconstruction * share, committed * share, *further]
+            totals += torch.stack(parts).detach() * (len(batch) / num_rows)
             if quantised is not None:
-                for level, codebook in enumerate(network.quantizer.codebooks):
-                    chosen = quantised.codes[:, level]
-                    codebook.average(quantised.residuals[level], chosen)
+                add = processes.sum if processes.number > 1 else None
+                for level, codebook in enumerate(levels):
+                    chosen = quantised.codes[:count, level]
+                    codebook.average(quantised.residuals[level, :count], chosen, add)
                     uses[level] += torch.bincount(chosen, minlength=len(uses[level]))
-        means = totals.tolist()
+        means = processes.sum(totals).tolist()
+        uses = [processes.sum(use) for use in uses]
         if not math.isfinite(means[0]):
             raise TokenizerError(
                 f"The RQ-VAE's loss is {means[0]} in epoch {epoch + 1}. Fit with a smaller learning rate than "
                 f"{learning_rate:g}" + (" or without mixed precision." if mixed_precision != "no" else ".")
             )
-        entry = dict(zip(("loss", "reconstruction", "commitment"), means, strict=True))
+        names = ("loss", "reconstruction", "commitment", *terms)
+        entry = dict(zip(names, means, strict=True))
         revived = [0] * len(uses)
         if quantise and epoch < epochs - 1:
             revived = _revive(network, fetch, num_rows, uses, revive_below, seed, epoch)
+            _copy_codes(processes, network)
         log.append({"epoch": epoch + 1, **entry, **_usage(uses if quantise else [], revived)})
-        if checkpoint is not None and ((epoch + 1) % checkpoint_epochs == 0 or epoch == epochs - 1):
+        if (
+            checkpoint is not None
+            and processes.first
+            and ((epoch + 1) % checkpoint_epochs == 0 or epoch == epochs - 1)
+        ):
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             checkpoint.save(network, optimizer, {"log": log, "scaler": scaler})
     accelerator.free_memory()
@@ -135,22 +171,10 @@ def schedule(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def _accelerator(mixed_precision: Precision) -> Any:
-    from accelerate import Accelerator
-
-    try:
-        accelerator = Accelerator(mixed_precision=mixed_precision)
-    except ValueError as error:
-        raise TokenizerError(
-            f"accelerate cannot run with mixed_precision {mixed_precision!r} here ({error}). Use 'no', or 'bf16' in a "
-            "process that has not used accelerate before."
-        ) from error
-    if accelerator.num_processes > 1:
-        raise TokenizerError(
-            f"{accelerator.num_processes} processes would each fit the same RQ-VAE. Start one, without accelerate "
-            "launch; it uses one GPU."
-        )
-    return accelerator
+@torch.no_grad()
+def _copy_codes(processes: Processes, network: Network) -> None:
+    for codebook in network.quantizer.codebooks:
+        processes.copy_first([codebook.codes, codebook.counts, codebook.sums])
 
 
 @torch.no_grad()

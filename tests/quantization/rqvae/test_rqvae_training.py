@@ -201,12 +201,6 @@ def test_a_loss_that_is_no_number_is_an_error_that_says_what_to_do(update: str) 
         RQVAE(**SMALL, learning_rate=1e30, update=update).fit(embeddings())
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
-    with pytest.raises(TokenizerError, match=r"2 processes would each fit the same RQ-VAE\. Start one"):
-        RQVAE(**SMALL).fit(embeddings())
-
-
 def test_half_precision_is_refused_where_accelerate_refuses_it(run_python) -> None:
     if torch.cuda.is_available():
         pytest.skip("fp16 runs on a GPU")
