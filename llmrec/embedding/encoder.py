@@ -1,22 +1,24 @@
-"""Sentence encoders: which model embeds item texts, and embedding them in batches that survive an interruption."""
+"""Sentence encoders: which model embeds item texts, and embedding them on one device or several."""
 
 import hashlib
 import importlib.util
-import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
-from tqdm import tqdm
 
-from llmrec.embedding.store import text_sha256
+from llmrec.embedding.reduction import unit_rows
+from llmrec.embedding.shards import encode_in_shards
 from llmrec.exceptions import ArtefactError, DataError, DependencyError
-from llmrec.storage import atomic_path, sha256_of
+from llmrec.storage import sha256_of
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 # next item as well as those by 128, at half the time.
 MAX_TOKENS = 64
 
-Encode = Callable[[list[str]], npt.NDArray[np.float32]]
+WeightType = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,16 @@ def encode_texts(
     batch_size: int = 32,
     max_tokens: int | None = MAX_TOKENS,
     device: str | None = None,
+    devices: Sequence[str] | None = None,
+    dtype: WeightType | None = None,
     normalize: bool = True,
     prompt: str | None = None,
+    prompt_name: str | None = None,
     progress: bool = False,
     work_folder: str | Path | None = None,
+    target: str | Path | None = None,
 ) -> npt.NDArray[np.float32]:
-    """Embeds texts with sentence-transformers.
+    """Embeds texts with sentence-transformers; code that comes with a model is not run.
 
     Args:
         texts: N texts; equal ones are embedded once.
@@ -109,117 +115,126 @@ def encode_texts(
         batch_size: texts per forward pass.
         max_tokens: texts are cut there; None takes the model's own limit.
         device: torch's name of it; None takes the best one there is.
+        devices: one process for each of them, such as ["cuda:0", "cuda:1"]; they share the batches of one process, so
+            that vectors differ from its by rounding alone (on two CPUs by less than 1e-6).
+        dtype: of the model's weights; None takes that of its files. Vectors are float32 in any case.
         normalize: scale rows to norm 1.
         prompt: put before every text, where the model was trained with one.
+        prompt_name: the same by its name in the model's own configuration.
         progress: show a bar.
         work_folder: where finished parts are kept. An interrupted run that is started again with the same arguments
             goes on from there, and its result is bit for bit the one of an uninterrupted run. The caller deletes it.
+        target: a safetensors file to write the vectors to, as the tensor "embeddings"; what is returned is mapped from
+            it then, so that memory holds a part of some thousand vectors and never all of them.
 
     Returns:
         (N, D) float32.
 
     Raises:
         ArtefactError: if sentence-transformers cannot load the model.
-        DataError: if there are no texts, or the model returns NaN or infinity.
+        DataError: if there are no texts, the model returns NaN or infinity or has no prompt of that name, or a device
+            or type is not there.
         DependencyError: if sentence-transformers is not installed.
     """
     if model.folder is None:
         raise DataError("The static embedding has no encoder. Use static_embeddings(texts).")
+    if prompt is not None and prompt_name is not None:
+        raise DataError(f"The prompt {prompt!r} and the prompt named {prompt_name!r} exclude each other. Give one.")
+    if device is not None and devices:
+        raise DataError(f"The device {device} and the devices {', '.join(devices)} exclude each other. Give one.")
+    encoder = _load(model, device, devices or (), dtype)
+    if max_tokens is not None:
+        encoder.max_seq_length = min(max_tokens, encoder.max_seq_length or max_tokens)
+    if prompt_name is not None:
+        if prompt_name not in encoder.prompts:
+            known = ", ".join(map(repr, encoder.prompts)) or "none"
+            raise DataError(
+                f"{model.name} has no prompt {prompt_name!r}; it has {known}. Choose one of them, or spell one out."
+            )
+        prompt = encoder.prompts[prompt_name] or ""
+        if not prompt:  # sentence-transformers gives every model empty ones of its usual names
+            logger.warning("The prompt %r of %s is empty: texts are embedded as they are.", prompt_name, model.name)
+    # Half precision would leave norms some thousandths off 1.
+    is_half = any(parameter.element_size() < 4 for parameter in encoder.parameters())
+
+    with _pool(encoder, devices or ()) as pool:
+
+        def encode(together: list[str]) -> npt.NDArray[np.float32]:
+            vectors = encoder.encode(
+                together,
+                batch_size=min(batch_size, len(together)),
+                prompt=prompt,
+                normalize_embeddings=normalize and not is_half,
+                convert_to_numpy=True,
+                show_progress_bar=False,
+                # A chunk is a worker's share: one batch, the same one as without workers.
+                **({"pool": pool, "chunk_size": batch_size} if pool else {}),
+            )
+            result = np.asarray(vectors, dtype=np.float32)
+            return unit_rows(result) if normalize and is_half else result
+
+        where = list(devices) if devices else str(encoder.device)
+        settings = [model.weights_sha256, encoder.max_seq_length, normalize, prompt, where]
+        return encode_in_shards(
+            texts,
+            encode,
+            settings=[*settings, dtype] if dtype else settings,
+            batch_size=batch_size,
+            batches_together=16 * len(devices) if devices else 1,
+            progress=progress,
+            work_folder=work_folder,
+            target=target,
+        )
+
+
+def _load(
+    model: EmbeddingModel, device: str | None, devices: Sequence[str], dtype: WeightType | None
+) -> "SentenceTransformer":
     try:
+        import torch
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise DependencyError(
             f"sentence-transformers cannot be imported ({error}). Install it, or use --model static."
         ) from error
+    if dtype is not None and dtype not in get_args(WeightType):
+        raise DataError(f"There is no weight type {dtype!r}. Use one of {', '.join(get_args(WeightType))}.")
+    for name in devices or filter(None, [device]):
+        try:
+            asked = torch.device(name)
+            if asked.type == "cuda":  # counted, because a tensor there would take memory in this process too
+                if (asked.index or 0) >= torch.cuda.device_count():
+                    raise RuntimeError(f"PyTorch sees {torch.cuda.device_count()} CUDA device(s)")
+            else:
+                torch.empty(0, device=asked)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0]
+            raise DataError(f"There is no device {name!r} here ({reason}). Name others, or leave them out.") from error
+    # A pool's processes take the model from the main memory.
+    placed = "cpu" if devices else device
+    weights = {"model_kwargs": {"dtype": getattr(torch, dtype)}} if dtype else {}
     try:
-        encoder = SentenceTransformer(str(model.folder), device=device, local_files_only=True)
+        return SentenceTransformer(
+            str(model.folder), device=placed, local_files_only=True, trust_remote_code=False, **weights
+        )
     except Exception as error:
         raise ArtefactError(
             f"sentence-transformers cannot load {model.name} from {model.folder} ({error}). "
             "Name a sentence-transformers model's folder or Hub id."
         ) from error
-    if max_tokens is not None:
-        encoder.max_seq_length = min(max_tokens, encoder.max_seq_length or max_tokens)
-
-    def encode(batch: list[str]) -> npt.NDArray[np.float32]:
-        vectors = encoder.encode(
-            batch,
-            batch_size=len(batch),
-            prompt=prompt,
-            normalize_embeddings=normalize,
-            convert_to_numpy=True,
-            show_progress_bar=False,
-        )
-        return np.asarray(vectors, dtype=np.float32)
-
-    settings = [model.weights_sha256, encoder.max_seq_length, normalize, prompt, str(encoder.device)]
-    return encode_in_shards(
-        texts, encode, settings=settings, batch_size=batch_size, progress=progress, work_folder=work_folder
-    )
 
 
-def encode_in_shards(
-    texts: Sequence[str],
-    encode: Encode,
-    *,
-    settings: Sequence[object] = (),
-    batch_size: int = 32,
-    shard_size: int = 2048,
-    progress: bool = False,
-    work_folder: str | Path | None = None,
-) -> npt.NDArray[np.float32]:
-    """Runs `encode` over batches of texts of similar length; see `encode_texts`.
-
-    Which texts share a batch depends on the texts and sizes alone, never on where a former run stopped: padding, and
-    with it the last bits of a vector, are the same in a continued run.
-
-    Args:
-        encode: texts of one batch -> (batch, D).
-        settings: what else the vectors depend on; parts made with other settings are not taken up.
-        shard_size: texts per part that is kept, rounded down to whole batches.
-    """
-    if not texts:
-        raise DataError("There are no texts to embed. Give at least one item.")
-    if batch_size < 1:
-        raise DataError(f"A batch size of {batch_size} embeds nothing. Use at least 1.")
-    unique = list(dict.fromkeys(texts))
-    # Longest first: a batch that does not fit into memory fails at once rather than at the end.
-    unique.sort(key=len, reverse=True)
-    shard_size = max(1, shard_size // batch_size) * batch_size
-    key = hashlib.sha256(json.dumps([*settings, batch_size, shard_size, text_sha256(unique)]).encode()).hexdigest()
-    parts: list[npt.NDArray[np.float32]] = []
-    with tqdm(total=len(unique), desc="Embedding", unit="text", disable=not progress) as bar:
-        for begin in range(0, len(unique), shard_size):
-            shard = unique[begin : begin + shard_size]
-            path = Path(work_folder) / key[:16] / f"shard-{begin:09d}.safetensors" if work_folder else None
-            vectors = _read_shard(path, len(shard)) if path else None
-            if vectors is None:
-                batches = []
-                for start in range(0, len(shard), batch_size):
-                    batches.append(encode(shard[start : start + batch_size]))
-                    bar.update(len(batches[-1]))
-                vectors = np.concatenate(batches)
-                if not np.isfinite(vectors).all():
-                    row = int(np.isfinite(vectors).all(axis=1).argmin())
-                    raise DataError(
-                        f"The model returned NaN or infinity for the text {shard[row][:80]!r}. Use another model."
-                    )
-                if path:
-                    with atomic_path(path) as temporary:
-                        save_file({"vectors": np.ascontiguousarray(vectors)}, temporary)
-            else:
-                bar.update(len(shard))
-            parts.append(vectors)
-    rows = {text: row for row, text in enumerate(unique)}
-    return np.concatenate(parts)[[rows[text] for text in texts]]
-
-
-def _read_shard(path: Path, size: int) -> npt.NDArray[np.float32] | None:
+@contextmanager
+def _pool(encoder: "SentenceTransformer", devices: Sequence[str]) -> Iterator[dict[str, Any] | None]:
+    """The processes of `devices`, which end however the block does; None without devices."""
+    if not devices:
+        yield None
+        return
+    pool = encoder.start_multi_process_pool(list(devices))
     try:
-        vectors: npt.NDArray[np.float32] = load_file(path)["vectors"]
-    except (FileNotFoundError, KeyError, SafetensorError):
-        return None
-    return vectors if len(vectors) == size else None
+        yield pool
+    finally:
+        encoder.stop_multi_process_pool(pool)
 
 
 def _packaged_minilm() -> EmbeddingModel | None:

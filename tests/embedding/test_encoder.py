@@ -1,11 +1,15 @@
 """Which model is taken, and that an interrupted embedding continues to the same bits."""
 
 import importlib.util
+import json
 import logging
+import multiprocessing
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from llmrec.embedding import encode_texts, encoder, resolve_model
 from llmrec.embedding.encoder import MINILM, MINILM_SHA256, encode_in_shards
@@ -58,6 +62,49 @@ def test_an_interrupted_run_continues_to_the_same_bits(dies_at: int, tmp_path: P
     continued = encode_in_shards(TEXTS, second, work_folder=tmp_path, **sizes)
     np.testing.assert_array_equal(continued, whole)
     assert second.calls == -(-len(set(TEXTS)) // 4) - dies_at // 2 * 2
+
+
+@pytest.mark.parametrize("dies_at", [None, 0, 5, 11])
+def test_a_target_holds_the_same_bits_in_the_order_of_the_texts(dies_at: int | None, tmp_path: Path) -> None:
+    sizes = {"batch_size": 4, "shard_size": 8}
+    whole = encode_in_shards(TEXTS, FakeEncoder(), **sizes)
+    target, work = tmp_path / "vectors.safetensors", tmp_path / "work"
+    if dies_at is not None:
+        with pytest.raises(KeyboardInterrupt):
+            encode_in_shards(TEXTS, FakeEncoder(dies_at), work_folder=work, target=target, **sizes)
+        assert not [path for path in tmp_path.iterdir() if path != work]
+    mapped = encode_in_shards(TEXTS, FakeEncoder(), work_folder=work, target=target, **sizes)
+    assert isinstance(mapped, np.memmap)
+    np.testing.assert_array_equal(mapped, whole)
+    np.testing.assert_array_equal(load_file(target)["embeddings"], whole)
+
+
+def test_a_target_needs_the_memory_of_a_shard(tmp_path: Path) -> None:
+    # One text is that of every second item.
+    texts = [f"{i:05d} text" if i % 2 else "the same" for i in range(8000)]
+
+    def encode(batch: list[str]) -> np.ndarray:
+        return np.full((len(batch), 1000), [[hash_of(text)] for text in batch], dtype=np.float32)
+
+    tracemalloc.start()
+    mapped = encode_in_shards(texts, encode, shard_size=256, target=tmp_path / "v.safetensors", work_folder=tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8_000_000  # of 32,000,000; a shard is 1,024,000
+    assert mapped[:, 999].tolist() == [hash_of(text) for text in texts]
+
+
+def test_batches_that_are_handed_over_together_are_whole_ones() -> None:
+    handed: list[list[str]] = []
+
+    def encode(together: list[str]) -> np.ndarray:
+        handed.append(together)
+        fake = FakeEncoder()
+        return np.concatenate([fake(together[start : start + 4]) for start in range(0, len(together), 4)])
+
+    together = encode_in_shards(TEXTS, encode, batch_size=4, batches_together=3, shard_size=20)
+    np.testing.assert_array_equal(together, encode_in_shards(TEXTS, FakeEncoder(), batch_size=4, shard_size=20))
+    assert [len(texts) for texts in handed][:4] == [12, 8, 12, 8]
 
 
 @pytest.mark.parametrize("change", ["texts", "settings", "batch_size"])
@@ -184,3 +231,136 @@ def test_the_real_model_continues_to_the_same_bits(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(encoder, "encode_in_shards", lambda *a, **k: real(*a, shard_size=2, **k))
     continued = encode_texts(texts, model, batch_size=2, device="cpu", work_folder=tmp_path)
     np.testing.assert_array_equal(continued, whole)
+
+
+@pytest.mark.slow
+@needs_minilm
+def test_two_processes_give_the_vectors_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = resolve_model()
+    texts = [f"{'steel bolt ' * (i % 7)}number {i}" for i in range(11)]
+    one = encode_texts(texts, model, batch_size=2, device="cpu")
+    before = set(multiprocessing.active_children())
+    real, at_once = encoder.encode_in_shards, []
+
+    def watched(texts, encode, **arguments):
+        at_once.append(len(set(multiprocessing.active_children()) - before))
+        vectors = real(texts, encode, **arguments)
+
+        def failing(batch):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            real(texts, failing, **arguments | {"work_folder": None, "target": None})
+        return vectors
+
+    monkeypatch.setattr(encoder, "encode_in_shards", watched)
+    two = encode_texts(texts, model, batch_size=2, devices=["cpu", "cpu"], work_folder=tmp_path)
+    np.testing.assert_allclose(two, one, rtol=0, atol=1e-6)
+    assert at_once == [2]
+    assert set(multiprocessing.active_children()) == before
+    # Resumable too: all parts are there, so that no worker is asked again.
+    monkeypatch.setattr(encoder, "encode_in_shards", real)
+    monkeypatch.setattr("sentence_transformers.SentenceTransformer.encode", None)
+    again = encode_texts(texts, model, batch_size=2, devices=["cpu", "cpu"], work_folder=tmp_path)
+    np.testing.assert_array_equal(again, two)
+
+
+def test_processes_end_when_the_work_fails() -> None:
+    class Encoder:
+        stopped: object = None
+
+        def start_multi_process_pool(self, devices: list[str]) -> dict[str, object]:
+            return {"processes": devices}
+
+        def stop_multi_process_pool(self, pool: dict[str, object]) -> None:
+            self.stopped = pool
+
+    fake = Encoder()
+
+    def work() -> None:
+        with encoder._pool(fake, ["cpu", "cpu"]) as pool:
+            assert pool == {"processes": ["cpu", "cpu"]}
+            assert fake.stopped is None
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert fake.stopped == {"processes": ["cpu", "cpu"]}
+    with encoder._pool(fake, []) as pool:
+        assert pool is None
+
+
+@needs_minilm
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_of_any_type_give_float32_of_norm_1(dtype: str) -> None:
+    model = resolve_model()
+    texts = ["a steel bolt", "a cotton glove for the laboratory", "steel screws"]
+    plain = encode_texts(texts, model, device="cpu")
+    vectors = encode_texts(texts, model, device="cpu", dtype=dtype)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    difference = np.abs(vectors - plain).max()
+    # Half the digits, and no more: the type was taken.
+    lowest, highest = {"float32": (0, 0), "bfloat16": (1e-4, 2e-2), "float16": (1e-6, 2e-3)}[dtype]
+    assert lowest <= difference <= highest
+
+
+def folder_of(tmp_path: Path, **changed: object) -> Path:
+    """The packaged MiniLM with other JSON files."""
+    source = resolve_model().folder
+    folder = tmp_path / "model"
+    for file in (path for path in source.rglob("*") if path.is_file()):
+        link = folder / file.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file)
+    for name, content in changed.items():
+        (folder / f"{name}.json").unlink(missing_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+@needs_minilm
+def test_prompts_are_taken_by_name_or_as_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prompts = {"prompts": {"document": "passage: ", "nothing": ""}, "default_prompt_name": None}
+    model = resolve_model(str(folder_of(tmp_path, config_sentence_transformers=prompts)))
+    texts = ["a steel bolt", "a glove"]
+    plain = encode_texts(texts, model, device="cpu")
+    spelt = encode_texts(texts, model, device="cpu", prompt="passage: ")
+    assert np.abs(spelt - plain).max() > 1e-3
+    work = tmp_path / "work"
+    named = encode_texts(texts, model, device="cpu", prompt_name="document", work_folder=work)
+    np.testing.assert_array_equal(named, spelt)
+    # A part that was made with the named prompt is none of a run without.
+    np.testing.assert_array_equal(encode_texts(texts, model, device="cpu", work_folder=work), plain)
+    with caplog.at_level(logging.WARNING, "llmrec"):
+        np.testing.assert_array_equal(encode_texts(texts, model, device="cpu", prompt_name="nothing"), plain)
+    assert "The prompt 'nothing' of" in caplog.text
+    with pytest.raises(DataError, match=r"has no prompt 'absent'; it has .*'document', 'nothing'"):
+        encode_texts(texts, model, device="cpu", prompt_name="absent")
+    with pytest.raises(DataError, match="'x' and the prompt named 'document' exclude each other"):
+        encode_texts(texts, model, device="cpu", prompt="x", prompt_name="document")
+
+
+@needs_minilm
+def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
+    modules = json.loads((resolve_model().folder / "modules.json").read_text())
+    modules[0]["type"] = "own_code.Own"
+    folder = folder_of(tmp_path, modules=modules)
+    (folder / "own_code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Own: pass\n")
+    with pytest.raises(ArtefactError, match="cannot load"):
+        encode_texts(["a"], resolve_model(str(folder)), device="cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+@needs_minilm
+def test_devices_and_types_that_are_not_there_are_named() -> None:
+    model = resolve_model()
+    for name in ("cuda:99", "abacus", "abacus:x"):
+        with pytest.raises(DataError, match=f"There is no device '{name}' here"):
+            encode_texts(["a"], model, devices=["cpu", name])
+        with pytest.raises(DataError, match=f"There is no device '{name}' here"):
+            encode_texts(["a"], model, device=name)
+    with pytest.raises(DataError, match="The device cpu and the devices cpu, cpu exclude each other"):
+        encode_texts(["a"], model, device="cpu", devices=["cpu", "cpu"])
+    with pytest.raises(DataError, match="no weight type 'int4'"):
+        encode_texts(["a"], model, dtype="int4")

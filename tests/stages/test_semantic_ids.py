@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from llmrec.catalog import Catalog
 from llmrec.data import Interactions, Items, leave_one_out
@@ -48,6 +48,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+EMBED = ("--items", "absent.csv", "--out", "x")
 COLUMNS = ("--item-column", "sku", "--title-column", "name")
 
 
@@ -89,6 +90,81 @@ def test_embed_again_finds_its_result_and_other_settings_do_not(data: Path, embe
     for seed in (0, 1):
         done = run("embed.py", *files, "--out", other, "--model", "static", "--seed", seed, *COLUMNS)
         assert (done.returncode, "already" in done.stderr) == (0, False)
+
+
+def test_vectors_of_ones_own_are_taken_by_row_or_by_id(data: Path, tmp_path: Path) -> None:
+    vectors = np.random.default_rng(1).normal(size=(41, 6)).astype(np.float16)
+    file, ids = tmp_path / "v.safetensors", tmp_path / "ids.txt"
+    save_file({"v": vectors}, file)
+    names = [*(f"i{i}" for i in range(40)), "only-here"]
+    ids.write_text("\n".join(names[::-1]) + "\n")
+    files = ("--items", data / "items.jsonl", "--interactions", data / "interactions.csv", "--vectors", file)
+    for out, flags, expected in (("rows", (), vectors), ("ids", ("--vector-ids", ids), vectors[::-1])):
+        done = run("embed.py", *files, "--out", tmp_path / out, *flags, *COLUMNS)
+        assert done.returncode == 0, done.stderr
+        store = EmbeddingStore.load(tmp_path / out)
+        assert store.item_ids == names
+        np.testing.assert_array_equal(store.embeddings, expected.astype(np.float32))
+    again = run("embed.py", *files, "--out", tmp_path / "rows", *COLUMNS)
+    assert "already" in again.stderr
+    alone = run("embed.py", *files[:2], *files[4:], "--out", tmp_path / "alone", *COLUMNS)
+    assert alone.returncode == 1
+    assert "has 41 rows for 40 items" in alone.stderr
+    assert not (tmp_path / "alone").exists()
+
+
+def test_vector_columns_are_joined_and_new_items_follow_the_old(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    images = generator.normal(5, 2, size=(12, 4))
+    rows = [
+        {"item_id": f"i{i}", "title": f"thing {i} {'red' if i % 2 else 'blue'}", "image": images[i].tolist()}
+        for i in range(12)
+    ]
+    rows[3]["image"] = None
+    items, new = tmp_path / "items.jsonl", tmp_path / "new.jsonl"
+    items.write_text("\n".join(map(json.dumps, rows)))
+    new.write_text("\n".join(json.dumps(row) for row in rows[2:4]))
+    columns = ("--vector-columns", "image")
+    for out, table, flags in [
+        ("image", items, ()),
+        ("both", items, ("--with-text", "--model", "static", "--vector-weights", 1, 3)),
+        ("new", new, ("--like", tmp_path / "image")),
+    ]:
+        done = run("embed.py", "--items", table, *columns, *flags, "--out", tmp_path / out)
+        assert done.returncode == 0, done.stderr
+        assert "1 of" in done.stderr
+        assert "no vector in the column 'image', such as 'i3'" in done.stderr
+        again = run("embed.py", "--items", table, *columns, *flags, "--out", tmp_path / out)
+        assert "already" in again.stderr
+    image, both, later = (EmbeddingStore.load(tmp_path / out).embeddings for out in ("image", "both", "new"))
+    assert not image[3].any()
+    present = np.delete(images, 3, axis=0).astype(np.float32).astype(np.float64)
+    centred = present - present.mean(axis=0)
+    expected = centred / np.linalg.norm(centred, axis=1).mean()
+    np.testing.assert_allclose(np.delete(image, 3, axis=0), expected, atol=1e-5)
+    np.testing.assert_allclose(both[:, :4], image / 2, atol=1e-6)  # a quarter of the squared distances
+    assert np.linalg.norm(both[:, 4:], axis=1).mean() == pytest.approx(np.sqrt(0.75), abs=1e-4)
+    np.testing.assert_allclose(later, image[2:4], atol=1e-6)
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == [
+        "blocks",
+        "embedding.json",
+        "embeddings.safetensors",
+        "items.json",
+    ]
+    other = run("embed.py", "--items", items, *columns, "--vector-weights", 2, "--out", tmp_path / "image")
+    assert "already" not in other.stderr
+    built = run("build.py", "--embeddings", tmp_path / "both", "--out", tmp_path / "ids", "--codebook-size", 4)
+    assert built.returncode == 0, built.stderr
+
+
+def test_recipes_of_embed_name_only_flags_that_exist(data: Path) -> None:
+    """A table that is not there is the only thing amiss."""
+    recipes = sorted((STAGE / "recipes").glob("embed*.yaml"))
+    assert len(recipes) >= 4
+    for recipe in recipes:
+        done = run("embed.py", "--config", recipe, "--items", data / "absent.csv", "--out", data / "x")
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: There is no file"), done.stderr
 
 
 def test_build_writes_a_catalog_of_unique_codes(built: tuple[Path, str]) -> None:
@@ -215,6 +291,17 @@ def test_recipes_name_only_flags_that_exist(data: Path, embeddings: Path) -> Non
     ("script", "arguments", "message"),
     [
         ("embed.py", ("--items", "absent.csv", "--out", "x"), "error: "),
+        ("embed.py", (*EMBED, "--vectors", "v.npy", "--vector-columns", "v"), "error: --vectors and --vector-columns"),
+        ("embed.py", (*EMBED, "--vector-ids", "ids.txt"), "error: --vector-ids names the rows of --vectors"),
+        ("embed.py", (*EMBED, "--with-text"), "error: --with-text belongs to --vector-columns"),
+        ("embed.py", (*EMBED, "--vector-weights", "1"), "error: --vector-weights belongs to --vector-columns"),
+        ("embed.py", (*EMBED, "--like", "x"), "error: --like belongs to --vector-columns"),
+        (
+            "embed.py",
+            (*EMBED, "--vector-columns", "v", "--like", "x", "--vector-weights", "1"),
+            "error: --like takes the older result's weights",
+        ),
+        ("embed.py", (*EMBED, "--dtype", "int4"), "--dtype"),
         ("build.py", ("--embeddings", "absent", "--out", "x"), "error: absent lacks embeddings.safetensors"),
         ("build.py", ("--embeddings", "absent"), "required: --out"),
         ("build.py", ("--embeddings", "absent", "--out", "x", "--levels", "3"), "--levels"),
