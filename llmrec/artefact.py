@@ -25,6 +25,10 @@ LOADABLE = (
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.json"),
 )
 
+# The catalog's versions, and the word on which is current, change while the artefact stays: they carry hashes of their
+# own (`CatalogVersions`) and are not listed.
+LIVING = ("catalog/versions/", "catalog/current.json")
+
 _AGAIN = "Copy or download the artefact again, or save it anew."
 
 
@@ -40,7 +44,7 @@ def write_manifest(folder: str | Path) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise ArtefactError(f"{folder} is no folder. Save the artefact before its manifest is written.")
-    names = sorted(name for name in _files(folder) if name != MANIFEST and name != "README.md")
+    names = sorted(n for n in _files(folder) if n not in (MANIFEST, "README.md") and not n.startswith(LIVING))
     if not names:
         raise ArtefactError(f"{folder} holds no files to list. Save the artefact before its manifest is written.")
     files = {name: {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
@@ -154,8 +158,8 @@ def push_to_hub(
             folder_path=folder,
             revision=revision,
             commit_message=commit_message or f"Upload the artefact {folder.resolve().name}",
-            allow_patterns=[*(_literally(name) for name in listed), MANIFEST, "README.md"],
-            delete_patterns=[*LOADABLE, "catalog/*"],
+            allow_patterns=[*(_literally(name) for name in listed), MANIFEST, "README.md", *LIVING, f"{LIVING[0]}*"],
+            delete_patterns=[*LOADABLE, "catalog/*", "item_tokenizer/*"],
         )
     except HfHubHTTPError as error:
         raise ArtefactError(

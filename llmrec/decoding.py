@@ -104,15 +104,16 @@ def score_catalog(
     No cache, no trie walk for the scores, no padding: slow, and what `decode` is tested against.
 
     Returns:
-        (N,) float64 log-probabilities, by catalog row.
+        (N,) float64 log-probabilities, by catalog row; -inf for a retired item.
     """
     flat = trie.trie
-    codes = np.empty((flat.num_items, flat.num_levels), dtype=np.int64)
+    codes = np.full((len(flat.leaf_of_item), flat.num_levels), -1, dtype=np.int64)
     for level in range(flat.num_levels):  # a leaf's ancestors are the nodes whose run of rows holds it
         node = np.searchsorted(flat.first_leaf[level], np.arange(flat.num_items), side="right") - 1
         codes[flat.item_of_leaf, level] = trie.token[level].cpu().numpy()[node]
-    scores = torch.empty(flat.num_items, dtype=torch.float64)
-    for row, continuation in enumerate(codes.tolist()):
+    scores = torch.full((len(codes),), -torch.inf, dtype=torch.float64)
+    for row in flat.item_of_leaf.tolist():
+        continuation = codes[row].tolist()
         sequence = torch.tensor([[*prompt, *continuation]], device=trie.device)
         logits = model(input_ids=sequence, use_cache=False).logits[0, len(prompt) - 1 : -1].double()  # (L, V)
         total = 0.0

@@ -12,8 +12,10 @@ import torch
 from llmrec import __version__, artefact
 from llmrec.beam import TrieTensors
 from llmrec.catalog import Catalog
+from llmrec.catalog_versions import CatalogVersions
 from llmrec.decoding import decode
 from llmrec.exceptions import ArtefactError, BackboneError, RequestError
+from llmrec.item_tokenizer import copy_tokenizer
 from llmrec.prompt import Prompt
 from llmrec.storage import atomic_folder, write_json
 from llmrec.vocabulary import PlainText, start_token
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SETTINGS_FILE, PROMPT_FILE, CATALOG_FOLDER = "llmrec.json", "prompt.jinja", "catalog"
+TOKENIZER_FOLDER = "item_tokenizer"
 # So many tokens, of prompts and beams, are held by one search's cache: bounds its memory.
 _CACHED_TOKENS = 32_000
 
@@ -70,6 +73,11 @@ class Recommender:
     """Recommends the next items of a history with a causal language model in transformers.
 
     `serve` runs the same artefact in vLLM and gives the same items and scores.
+
+    Attributes:
+        model, tokenizer, catalog, prompt, settings: the artefact's parts.
+        item_tokenizer: the folder of what gives new items their codes (`ItemTokenizer.load`), if it is known; it goes
+            into a saved artefact.
     """
 
     def __init__(
@@ -79,7 +87,9 @@ class Recommender:
         catalog: Catalog,
         prompt: Prompt,
         settings: Settings | None = None,
+        item_tokenizer: Path | None = None,
     ) -> None:
+        self.item_tokenizer = item_tokenizer
         self.model = model
         self.tokenizer = tokenizer
         self.catalog = catalog
@@ -95,6 +105,7 @@ class Recommender:
         revision: str | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
+        catalog_version: str | None = None,
     ) -> Self:
         """Loads an artefact from a folder or from the Hub, and checks its files against its manifest first.
 
@@ -103,25 +114,34 @@ class Recommender:
             revision: branch, tag or commit on the Hub.
             device: default: a GPU if there is one.
             dtype: of the weights; "auto" is the saved one.
+            catalog_version: of the catalog's versions (`CatalogVersions`); default: the current one.
 
         Raises:
             ArtefactError: if a file is missing, truncated or altered, or is not an artefact's.
+            CatalogError: if the catalog has no such version.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         folder = artefact.resolve(str(path_or_repo_id), revision)
-        tokenizer, catalog, prompt, settings = load_parts(folder, AutoTokenizer.from_pretrained(folder))
+        loaded = AutoTokenizer.from_pretrained(folder)
+        tokenizer, catalog, prompt, settings = load_parts(folder, loaded, catalog_version)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(model, tokenizer, catalog, prompt, settings)
+        own = folder / TOKENIZER_FOLDER
+        return cls(model, tokenizer, catalog, prompt, settings, own if own.is_dir() else None)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the artefact folder, whole or not at all; its model also loads with plain transformers and vLLM."""
+        """Writes the artefact folder, whole or not at all; its model also loads with plain transformers and vLLM.
+
+        The catalog becomes the base there, as it is: earlier versions of it stay where they are.
+        """
         with atomic_folder(folder) as temporary:
             self.model.save_pretrained(temporary, safe_serialization=True)
             self.tokenizer.save_pretrained(temporary)
             self.catalog.save(temporary / CATALOG_FOLDER)
             (temporary / PROMPT_FILE).write_text(self.prompt.source + "\n", encoding="utf-8")
+            if self.item_tokenizer is not None:
+                copy_tokenizer(self.item_tokenizer, temporary / TOKENIZER_FOLDER)
             write_json(temporary / SETTINGS_FILE, {"llmrec": __version__, **asdict(self.settings)})
             artefact.write_manifest(temporary)
 
@@ -192,7 +212,7 @@ class Recommender:
             ):
                 items[place] = [row for row in rows[:k] if row >= 0]
                 scores[place] = values[: len(items[place])]
-                remaining = len(self.catalog) - (len(np.unique(gone)) if exclude_seen else 0)
+                remaining = self.catalog.candidates(gone if exclude_seen else ())
                 if len(items[place]) != min(k, remaining):
                     raise BackboneError(
                         f"The model's scores are not numbers: a search for {min(k, remaining)} items found "
@@ -220,9 +240,14 @@ class PromptEncoder:
 
 
 def load_parts(
-    folder: Path, tokenizer: "PreTrainedTokenizerBase"
+    folder: Path, tokenizer: "PreTrainedTokenizerBase", catalog_version: str | None = None
 ) -> tuple["PreTrainedTokenizerBase", Catalog, Prompt, Settings]:
-    """Everything of an artefact but the model; raises ArtefactError if the tokenizer is not the catalog's."""
+    """Everything of an artefact but the model, with a version of the catalog, by default the current one.
+
+    Raises:
+        ArtefactError: if the tokenizer is not the catalog's.
+        CatalogError: if there is no such version.
+    """
     if not (folder / SETTINGS_FILE).is_file():
         raise ArtefactError(
             f"{folder} holds no {SETTINGS_FILE}: it is a model, but not an llmrec artefact. "
@@ -230,7 +255,7 @@ def load_parts(
         )
     stored = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     settings = Settings(**{name: value for name, value in stored.items() if name in Settings.__dataclass_fields__})
-    catalog = Catalog.load(folder / CATALOG_FOLDER)
+    catalog = CatalogVersions(folder / CATALOG_FOLDER).load(catalog_version)
     for strings, ids in zip(catalog.token_strings(), catalog.require_tokens(), strict=True):
         if tokenizer.convert_tokens_to_ids(strings) != ids.tolist():
             raise ArtefactError(

@@ -1,6 +1,7 @@
 """What every stage's script does alike: reads a recipe and flags, logs, and ends an error with a message."""
 
 import logging
+import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
@@ -23,6 +24,9 @@ def parser(arguments: Sequence[type], description: str | None) -> "TrlParser":
         arguments: the dataclasses.
         description: the script's docstring, shown by --help with its examples.
     """
+    # Threads that wait by spinning take the cores from those that work, wherever there are fewer free cores than
+    # threads; OpenMP reads this when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from trl import TrlParser
 
     return TrlParser(list(arguments), description=description, formatter_class=_Formatter)

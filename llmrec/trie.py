@@ -45,8 +45,8 @@ class CatalogTrie:
         sizes[l]: the greatest code of the level, and one.
         fan_out[l]: the greatest number of children that a node has in this level.
         probes[l]: how often a search for one child has to halve its range, see `child_of`.
-        item_of_leaf: (N,) int32, the catalog row of each leaf.
-        leaf_of_item: (N,) int32, its inverse.
+        item_of_leaf: (M,) int32, the catalog row of each of the M leaves; M = N unless rows were left out.
+        leaf_of_item: (N,) int32, its inverse; -1 for a row that was left out.
 
     >>> trie = CatalogTrie(np.array([[1, 0], [0, 2], [1, 3]]))
     >>> trie.num_levels, [level.tolist() for level in trie.code], trie.item_of_leaf.tolist()
@@ -55,13 +55,25 @@ class CatalogTrie:
     [0, 3]
     """
 
-    def __init__(self, codes: Codes) -> None:
+    def __init__(self, codes: Codes, live: npt.NDArray[np.bool_] | None = None) -> None:
         """Builds the trie of `codes` (N, L), integers of any kind, which are read in place: they may be mapped.
+
+        Args:
+            codes: a row per item of the catalog.
+            live: (N,) which rows have a leaf; default all. Others cannot be found, and leaves still name catalog rows.
 
         Raises:
             CatalogError: if there is no item, a code is not an integer from 0 to 2^31 - 2, or two rows are equal.
         """
         codes = np.asarray(codes)
+        rows: Places | None = None
+        if live is not None and not np.all(live):
+            if len(live) != len(codes):
+                raise CatalogError(
+                    f"{len(live)} marks of live items do not fit {len(codes)} codes. Give one per item."
+                )
+            whole, rows = len(codes), np.flatnonzero(live).astype(np.int32)
+            codes = codes[rows]
         if codes.ndim != 2 or codes.shape[0] == 0 or codes.shape[1] == 0:
             raise CatalogError(
                 f"A trie needs codes of shape (items, levels), not {codes.shape}. Give at least one item."
@@ -88,15 +100,16 @@ class CatalogTrie:
             self.code.append(column[new])
             self.start.append(np.append(np.flatnonzero(above[new]), len(self.code[-1])).astype(np.int32))
             above = new
+        self.item_of_leaf: Places = order if rows is None else rows[order]
         if len(self.code[-1]) != num_items:
             twin = int(above.argmin())
+            first, second = self.item_of_leaf[twin - 1 : twin + 1]
             raise CatalogError(
-                f"Items of rows {order[twin - 1]} and {order[twin]} share the code {codes[order[twin]].tolist()}. "
+                f"Items of rows {first} and {second} share the code {codes[order[twin]].tolist()}. "
                 "Resolve collisions first: a leaf of the trie is one item."
             )
-        self.item_of_leaf: Places = order
-        self.leaf_of_item: Places = np.empty(num_items, dtype=np.int32)
-        self.leaf_of_item[order] = np.arange(num_items, dtype=np.int32)
+        self.leaf_of_item: Places = np.full(num_items if rows is None else whole, -1, dtype=np.int32)
+        self.leaf_of_item[self.item_of_leaf] = np.arange(num_items, dtype=np.int32)
         self.fan_out: list[int] = []
         self.probes: list[int] = []
         for size, begins in zip(self.sizes, self.start, strict=True):
@@ -176,7 +189,8 @@ class CatalogTrie:
         """The nodes below which every item is excluded, so that a search never walks into an empty subtree.
 
         Args:
-            excluded: for each of B requests, the catalog rows it may not return (any order, repeats allowed).
+            excluded: for each of B requests, the catalog rows it may not return (any order, repeats allowed; rows
+                without a leaf change nothing).
 
         Returns:
             Per level, the ascending keys `request · n_l + node` of the dead nodes. The last level's keys are the
@@ -185,7 +199,8 @@ class CatalogTrie:
         counts = [len(rows) for rows in excluded]
         request = np.repeat(np.arange(len(excluded), dtype=np.int64), counts)
         rows = np.concatenate([np.asarray(rows, dtype=np.int64) for rows in excluded]) if request.size else request
-        dead = [np.unique(request * self.num_items + self.leaf_of_item[rows])]
+        leaves = self.leaf_of_item[rows]
+        dead = [np.unique((request * self.num_items + leaves)[leaves >= 0])]
         for level in range(self.num_levels - 1, 0, -1):  # a node is dead if all its children are
             request, node = np.divmod(dead[-1], len(self.code[level]))
             begins = self.start[level]
@@ -252,7 +267,10 @@ class CatalogTrie:
         trie.start = [arrays[f"start.{level}"] for level in range(len(trie.sizes))]
         trie.item_of_leaf, trie.leaf_of_item = arrays["item_of_leaf"], arrays["leaf_of_item"]
         nodes = [1, *(array.size for array in trie.code)]
-        expected = dict.fromkeys(("item_of_leaf", "leaf_of_item"), (_DTYPES["I32"], (nodes[-1],)))
+        if trie.leaf_of_item.ndim != 1 or len(trie.leaf_of_item) < nodes[-1]:
+            raise ValueError("it has more leaves than items")
+        rows = {"item_of_leaf": nodes[-1], "leaf_of_item": len(trie.leaf_of_item)}
+        expected = {name: (_DTYPES["I32"], (size,)) for name, size in rows.items()}
         for level, size in enumerate(trie.sizes):
             expected[f"code.{level}"] = (_narrowest(size), (nodes[level + 1],))
             expected[f"start.{level}"] = (_DTYPES["I32"], (nodes[level] + 1,))

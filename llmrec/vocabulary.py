@@ -55,7 +55,7 @@ def add_catalog_tokens(tokenizer: "PreTrainedTokenizerBase", catalog: Catalog) -
             f"The tokenizer {type(tokenizer).__name__} does not give {len(flat)} catalog tokens ids of their own. "
             "Use a tokenizer that accepts added tokens."
         )
-    return Catalog(catalog.items, catalog.codes, catalog.codebook_sizes, token_ids)
+    return catalog.with_tokens(token_ids)
 
 
 def start_token(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -1,7 +1,10 @@
 """Builds semantic IDs: item embeddings -> a quantizer's codes -> one unique code per item.
 
-With --interactions the co-occurrence of items in the training part of the split joins the text; validation and test
-items have no part in it. --quantizer chooses how vectors become codes; residual k-means is the default.
+With --interactions a collaborative embedding of the training part of the split joins the text: the items'
+co-occurrence, or a SASRec's item table; validation and test items have no part in it. --fusion chooses how: both
+beside each other, or LETTER's contrastive alignment, for which the codes come from the text alone and an RQ-VAE is
+taught to put items together that users put together. --quantizer chooses how vectors become codes; residual k-means
+is the default.
 
 Examples:
     python semantic_ids/build.py --embeddings run/embeddings --items items.jsonl.gz \\
@@ -11,8 +14,13 @@ Examples:
         --items items.jsonl.gz --interactions interactions.csv.gz --out run/semantic_ids --codebook-size 128
     python semantic_ids/build.py --config semantic_ids/recipes/rqvae_3x256.yaml --embeddings run/embeddings \\
         --items items.jsonl.gz --interactions interactions.csv.gz --out run/rqvae
+    accelerate launch --num_processes 4 semantic_ids/build.py --quantizer rqvae --embeddings run/embeddings \\
+        --items items.parquet --out run/rqvae
+    python semantic_ids/build.py --config semantic_ids/recipes/letter_4x256.yaml --embeddings run/embeddings \\
+        --items items.jsonl.gz --interactions interactions.csv.gz --out run/letter
 """
 
+import os
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
@@ -20,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from llmrec.data.arguments import ColumnArguments, SplitArguments
+from llmrec.exceptions import DataError
 from llmrec.script import parser, run
 
 if TYPE_CHECKING:
@@ -28,6 +37,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from trl import TrlParser
 
+    from llmrec.data.items import Items
+    from llmrec.data.split import Split
     from llmrec.quantization import CollisionReport, Quantizer
 
 
@@ -65,11 +76,39 @@ class BuildArguments:
     estimator: Literal["straight-through", "rotation"] = field(
         default="straight-through", metadata={"help": "rqvae: how the gradient passes the quantiser"}
     )
-    collaborative_weight: float = field(
-        default=0.5, metadata={"help": "share of co-occurrence in the distances, 0 (text alone) to 1"}
+    pca_dim: int | None = field(
+        default=None, metadata={"help": "principal components of the text embedding that are kept; default: all"}
     )
-    collaborative_dim: int = field(default=64, metadata={"help": "width of the co-occurrence embedding"})
-    window: int = field(default=5, metadata={"help": "largest distance of two items that count as co-occurring"})
+    whitening: float | None = field(
+        default=None,
+        metadata={
+            "help": "evens out the text's components: 0 not at all, 1 fully; default: 0 with --pca_dim, else off"
+        },
+    )
+    collaborative: Literal["cooccurrence", "sasrec"] = field(
+        default="cooccurrence",
+        metadata={"help": "what training histories say of items: SVD of co-occurrences, or a SASRec's item table"},
+    )
+    collaborative_embeddings: str | None = field(
+        default=None, metadata={"help": "own collaborative vectors instead, in a folder as embed.py writes it"}
+    )
+    fusion: Literal["concat", "letter"] = field(
+        default="concat",
+        metadata={
+            "help": "concat: text and collaborative block side by side; letter: rqvae learns from text alone, "
+            "drawn to the collaborative embedding by a contrastive loss"
+        },
+    )
+    alignment: float = field(default=0.02, metadata={"help": "letter: weight of the contrastive loss"})
+    diversity: float = field(default=0.0001, metadata={"help": "letter: weight of the codes' diversity loss"})
+    collaborative_weight: float = field(
+        default=0.5, metadata={"help": "concat: the collaborative share of the distances, 0 (text alone) to 1"}
+    )
+    collaborative_dim: int = field(default=64, metadata={"help": "width of the collaborative embedding"})
+    window: int = field(
+        default=5, metadata={"help": "cooccurrence: largest distance of two items that count as co-occurring"}
+    )
+    sasrec_epochs: int = field(default=30, metadata={"help": "sasrec: passes over the training histories"})
     collisions: Literal["auto", "reassign", "append", "sinkhorn"] = field(
         default="auto",
         metadata={
@@ -89,12 +128,16 @@ def main(arguments: BuildArguments, names: ColumnArguments, splits: SplitArgumen
 
     from llmrec import __version__
     from llmrec.data import ITEM, Items
-    from llmrec.embedding import EmbeddingStore, Fusion, cooccurrence_embeddings
+    from llmrec.embedding import EmbeddingStore, Fusion
     from llmrec.embedding.store import EMBEDDINGS_FILE
+    from llmrec.embedding.whitening import Whitening
+    from llmrec.item_tokenizer import CODEBOOKS_FOLDER, FUSION_FOLDER, RECORD_FILE, WHITENING_FOLDER
     from llmrec.quantization import resolve_collisions
     from llmrec.storage import atomic_folder, sha256_of, write_json
 
-    console = Console(stderr=True)
+    # Under `accelerate launch` an RQ-VAE is fitted by all processes; the rest, and all words, are the first one's.
+    first = os.environ.get("RANK", "0") == "0"
+    console = Console(stderr=True, quiet=not first)
     begun = time.monotonic()
     store = EmbeddingStore.load(arguments.embeddings)
     if arguments.items:
@@ -104,26 +147,30 @@ def main(arguments: BuildArguments, names: ColumnArguments, splits: SplitArgumen
     interactions = names.read_interactions(arguments.interactions) if arguments.interactions else None
     if interactions is not None:
         items = items.with_missing(interactions)
-    vectors = store.rows(items.ids)
-
-    fusion, split = None, None
-    if interactions is not None and arguments.collaborative_weight > 0:
-        split = splits.make(interactions, items)
-        console.print(f"Co-occurrence in the training histories of {len(split.train):,} users")
-        collaborative = cooccurrence_embeddings(
-            split.train, len(items), arguments.collaborative_dim, arguments.window, arguments.seed
+    if arguments.fusion == "letter" and (arguments.quantizer != "rqvae" or interactions is None):
+        raise DataError(
+            f"--fusion letter came with --quantizer {arguments.quantizer} and a log: {bool(interactions)}. "
+            "It aligns an RQ-VAE with what users do: give --quantizer rqvae and a log, or use concat."
         )
-        unseen = int((~collaborative.any(axis=1)).sum())
-        if unseen == len(items):
-            console.print("No two items co-occur in the training histories: all are placed by their text alone")
-        else:
-            if unseen:
-                console.print(f"{unseen:,} items co-occur with no other and are placed by their text alone")
-            fusion = Fusion.fit(vectors, collaborative, arguments.collaborative_weight)
-            vectors = fusion.transform(vectors, collaborative)
+    vectors: npt.NDArray[np.floating] = store.rows(items.ids)
+    whitening, fusion, split, signals = None, None, None, None
+    if arguments.pca_dim is not None or arguments.whitening is not None:
+        whitening = Whitening.fit(vectors, arguments.pca_dim, arguments.whitening or 0.0)
+        vectors = whitening.transform(vectors)
+        console.print(f"{vectors.shape[1]} principal components, {whitening.explained:.1%} of the text's variance")
+    if interactions is not None and (arguments.collaborative_weight > 0 or arguments.fusion == "letter"):
+        split = splits.make(interactions, items)
+        signals = collaborative_signals(arguments, split, items, console)
+        if signals is not None and arguments.fusion == "concat":
+            fusion = Fusion.fit(vectors, signals, arguments.collaborative_weight)
+            vectors, signals = fusion.transform(vectors, signals), None
 
     console.print(f"{arguments.quantizer}, {arguments.num_levels} × {arguments.codebook_size}")
-    quantizer, codes = quantised(arguments, vectors, items.ids)
+    if not first and arguments.quantizer != "rqvae":
+        return
+    quantizer, codes = quantised(arguments, vectors, items.ids, signals)
+    if not first:
+        return
     resolved = resolve_collisions(codes, vectors, quantizer, arguments.collisions)
 
     described = {
@@ -139,18 +186,58 @@ def main(arguments: BuildArguments, names: ColumnArguments, splits: SplitArgumen
     with atomic_folder(arguments.out) as folder:
         save_file({"codes": resolved.codes}, folder / "codes.safetensors")
         items.frame.write_ndjson(folder / "items.jsonl")
-        quantizer.save(folder / "codebooks")
+        quantizer.save(folder / CODEBOOKS_FOLDER)
+        if whitening:
+            whitening.save(folder / WHITENING_FOLDER)
         if fusion:
-            fusion.save(folder / "fusion")
-        write_json(folder / "semantic_ids.json", described)
+            fusion.save(folder / FUSION_FOLDER)
+        write_json(folder / RECORD_FILE, described)
     print_summary(console, resolved.report)
     console.print(f"{arguments.out}: {time.monotonic() - begun:.0f} s", markup=False)
 
 
+def collaborative_signals(
+    arguments: BuildArguments, split: "Split", items: "Items", console: "Console"
+) -> "npt.NDArray[np.float32] | None":
+    """Collaborative rows (N, C) of the items, zeros for those without a signal; None if no item has any."""
+    import numpy as np
+
+    from llmrec.embedding import EmbeddingStore, cooccurrence_embeddings
+
+    if arguments.collaborative_embeddings:
+        own = EmbeddingStore.load(arguments.collaborative_embeddings)
+        found = np.zeros((len(items), own.dimension), dtype=np.float32)
+        rows = {item: row for row, item in enumerate(items.ids)}
+        there = [item for item in own.item_ids if item in rows]
+        found[[rows[item] for item in there]] = own.rows(there)
+    elif arguments.collaborative == "sasrec":
+        from llmrec.embedding.sequential import sasrec_embeddings
+
+        console.print(f"SASRec on the training histories of {len(split.train):,} users")
+        dim, seed = arguments.collaborative_dim, arguments.seed
+        epochs = arguments.sasrec_epochs
+        found = sasrec_embeddings(split.train, len(items), dim, epochs=epochs, seed=seed, progress=True)
+    else:
+        console.print(f"Co-occurrence in the training histories of {len(split.train):,} users")
+        found = cooccurrence_embeddings(
+            split.train, len(items), arguments.collaborative_dim, arguments.window, arguments.seed
+        )
+    unseen = int((~found.any(axis=1)).sum())
+    if unseen == len(items):
+        console.print("No item has a collaborative signal: all are placed by their text alone")
+        return None
+    if unseen:
+        console.print(f"{unseen:,} items have no collaborative signal and are placed by their text alone")
+    return found
+
+
 def quantised(
-    arguments: BuildArguments, vectors: "npt.NDArray[np.floating]", item_ids: list[str]
+    arguments: BuildArguments,
+    vectors: "npt.NDArray[np.floating]",
+    item_ids: list[str],
+    signals: "npt.NDArray[np.floating] | None" = None,
 ) -> tuple["Quantizer", "npt.NDArray[np.int32]"]:
-    """The fitted quantizer and the items' codes (N, L), collisions and all."""
+    """The fitted quantizer and the items' codes (N, L), collisions and all; `signals` are what LETTER aligns with."""
     from llmrec.quantization.hashed import HashedCodes
     from llmrec.quantization.product import ProductQuantizer
     from llmrec.quantization.residual_kmeans import ResidualKMeans
@@ -167,9 +254,15 @@ def quantised(
 
         # Beside the result, which appears whole or not at all; a run that was killed goes on from here.
         checkpoints = Path(f"{arguments.out.rstrip('/')}.checkpoints")
-        network = RQVAE(levels, size, estimator=arguments.estimator, epochs=arguments.epochs, seed=seed)
-        network.fit(vectors, checkpoints=checkpoints, progress=True)
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        learnt = {"estimator": arguments.estimator, "epochs": arguments.epochs, "seed": seed}
+        if signals is not None:
+            learnt |= {"alignment": arguments.alignment, "diversity": arguments.diversity}
+            # The diversity loss moves codes by its gradient.
+            learnt |= {"update": "gradient"} if arguments.diversity else {}
+        network = RQVAE(levels, size, **learnt)
+        network.fit(vectors, collaborative=signals, checkpoints=checkpoints, progress=True)
+        if os.environ.get("RANK", "0") == "0":
+            shutil.rmtree(checkpoints, ignore_errors=True)
         return network, network.encode(vectors)
     if arguments.quantizer == "rvq":
         quantizer = ResidualVQ(levels, size, arguments.beam, niter=niter, seed=seed)

@@ -97,3 +97,55 @@ def test_items_file_is_plain_json_lines(tmp_path):
     random_catalog().save(tmp_path)
     lines = (tmp_path / "items.jsonl").read_text().splitlines()
     assert json.loads(lines[5])["item_id"] == "item-5"
+
+
+def test_retired_items_survive_saving_and_change_the_version(tmp_path):
+    catalog = extended(random_catalog(1))
+    retired = catalog.with_retired([2, 7], True)
+    assert retired.version != catalog.version
+    assert retired.with_retired([2, 7], False).version == catalog.version
+    assert retired.with_retired([7], False).version not in (retired.version, catalog.version)
+    retired.save(tmp_path)
+    again = Catalog.load(tmp_path)
+    assert np.flatnonzero(again.retired).tolist() == [2, 7]
+    assert again.version == retired.version
+    assert (again.item_tokens == catalog.item_tokens).all()
+    assert again.with_tokens(again.token_ids).retired.tolist() == retired.retired.tolist()
+
+
+def test_candidates_are_the_live_items_that_are_not_excluded():
+    rng = np.random.default_rng(0)
+    catalog = random_catalog(1)
+    for _ in range(20):
+        retired = rng.permutation(40)[: rng.integers(0, 39)]
+        marked = catalog.with_retired(retired, True)
+        excluded = rng.integers(0, 40, rng.integers(0, 50))
+        wanted = set(range(40)) - set(retired.tolist()) - set(excluded.tolist())
+        assert marked.candidates(excluded) == len(wanted)
+        assert sorted(marked.trie.item_of_leaf.tolist()) == sorted(set(range(40)) - set(retired.tolist()))
+
+
+def test_a_catalog_needs_a_live_item_and_fitting_marks():
+    catalog = random_catalog()
+    with pytest.raises(CatalogError, match="All 40 items would be retired"):
+        catalog.with_retired(range(40), True)
+    with pytest.raises(CatalogError, match="retirement marks of shape"):
+        Catalog(catalog.items, catalog.codes, catalog.codebook_sizes, retired=np.zeros(3, dtype=bool))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"item_id": "a"}\n{"item_id"', '{"item_id": "a"}, {"item_id": "b"}\n', '["item_id"]\n', '{"title": "a"}\n'],
+)
+def test_a_torn_table_of_items_is_named(tmp_path, text):
+    random_catalog().save(tmp_path)
+    (tmp_path / "items.jsonl").write_text(text)
+    with pytest.raises(CatalogError, match=r"items\.jsonl is no table of items"):
+        Catalog.load(tmp_path)
+
+
+def test_line_separators_inside_a_title_do_not_end_an_item(tmp_path):
+    items = [{"item_id": "a", "title": "one\u2028two\u0085three\x0bfour"}, {"item_id": "b", "title": "\r\n"}]
+    catalog = Catalog(items, np.array([[0], [1]]), [2])
+    catalog.save(tmp_path)
+    assert Catalog.load(tmp_path).items == items

@@ -2,9 +2,9 @@
 
 A command belongs to one class, and one that belongs to none fails the test:
 
-- run: the README's `llmrec doctor|stages|recommend|push|data|baseline|compare`, `cp` and `python semantic_ids/…` are
-  executed in their order, in a folder with small files of the names that the README uses, an untrained artefact where
-  quickstart leaves its own, and a fake of the Hub on this machine. In the other documents they are parsed.
+- run: the README's `llmrec doctor|stages|recommend|push|data|baseline|compare|ids`, `cp` and `python semantic_ids/…`
+  are executed in their order, in a folder with small files of the names that the README uses, untrained artefacts
+  where training leaves its own, and a fake of the Hub on this machine. In the other documents they are parsed.
 - parse: `llmrec quickstart|serve|run`, `accelerate launch`, `python train/…` and `python serve/…` run for minutes or
   for ever, so their options are parsed by the real parsers, with the recipe that they name; nothing is started.
 - make: the target and the variables exist (`make --dry-run`), and what QUICKSTART_ARGS holds is parsed.
@@ -15,6 +15,7 @@ Python blocks are executed, in the same folder.
 """
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -22,6 +23,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import polars as pl
 import pytest
 import typer
 from factories import random_recommender
@@ -32,12 +34,16 @@ from llmrec.data import ITEM, make_sample
 from llmrec.embedding import EmbeddingStore
 from llmrec.engine.http import RecommendRequest, RecommendRoutes
 from llmrec.recommender import Recommender
+from llmrec.vocabulary import add_catalog_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("prompts", "semantic_ids", "train", "serve")
-DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("own_data", "evaluation", "serving", "artefact")))
+DOCUMENTS = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("own_data", "evaluation", "serving", "artefact", "living_catalog")),
+)
 READMES = ("prompts/README.md", "semantic_ids/README.md", "train/README.md", "serve/README.md")
-RUN_HERE = {"doctor", "stages", "recommend", "push", "data", "baseline", "compare"}
+RUN_HERE = {"doctor", "stages", "recommend", "push", "data", "baseline", "compare", "ids"}
 VLLM_ROUTES = {"/health", "/v1/models"}
 
 
@@ -68,7 +74,7 @@ def is_run(command: str) -> bool:
 def parse_llmrec(arguments: list[str]) -> None:
     name, *rest = arguments
     command = typer.main.get_command(app).commands[name]
-    if name == "data":
+    if name in ("data", "ids"):
         command, rest = command.commands[rest[0]], rest[1:]
     context = command.make_context(name, rest)
     if name == "run":
@@ -175,6 +181,7 @@ def workspace(tmp_path: Path) -> Path:
     items = items.filter(items[ITEM].is_in(chosen))
     interactions.filter(interactions[ITEM].is_in(chosen)).write_csv(tmp_path / "interactions.csv")
     items.write_csv(tmp_path / "items.csv")
+    items.head(2).with_columns(item_id=pl.Series(["new-1", "new-2"])).write_csv(tmp_path / "new_items.csv")
     import torch
 
     base = random_recommender(num_items=len(items), sizes=(8, 8, 8), dtype=torch.float32)
@@ -182,6 +189,16 @@ def workspace(tmp_path: Path) -> Path:
     recommender = Recommender(base.model, base.tokenizer, catalog, base.prompt, base.settings)
     recommender.save_pretrained(tmp_path / "runs" / "quickstart" / "artefact")
     return tmp_path
+
+
+def untrained(build: Path) -> Recommender:
+    """A recommender of a build's items, where training would leave its artefact."""
+    import torch
+
+    base = random_recommender(num_items=10, sizes=(8, 8, 8), dtype=torch.float32)
+    catalog = add_catalog_tokens(base.tokenizer, Catalog.from_build(build))
+    base.model.resize_token_embeddings(len(base.tokenizer))
+    return Recommender(base.model, base.tokenizer, catalog, base.prompt, base.settings, build)
 
 
 @pytest.mark.slow
@@ -203,6 +220,14 @@ def test_commands_of_the_readme_run(workspace: Path, fake_hub, tmp_path_factory)
         allowed = {0, 1} if command.startswith("llmrec doctor") else {0}
         assert done.returncode in allowed, f"{command}\n{done.stdout}\n{done.stderr}"
         printed[command] = done.stdout
+        if (workspace / "runs/mine/semantic_ids").is_dir() and not (workspace / "runs/mine/artefact").is_dir():
+            untrained(workspace / "runs/mine/semantic_ids").save_pretrained(workspace / "runs/mine/artefact")
+    assert json.loads((workspace / "runs/mine/ids.json").read_text())["collision_rate"] == 0
+    grown, back = [
+        text for command, text in printed.items() if command.startswith(("llmrec ids log", "llmrec ids rol"))
+    ]
+    assert "winter collection" in grown
+    assert back.startswith("100 live items")
     assert len(EmbeddingStore.load(workspace / "runs/mine/embeddings").item_ids) == 100
     assert len(Catalog.from_build(workspace / "runs/mine/semantic_ids")) == 100
     assert (workspace / "my_prompt.jinja").read_text() == (ROOT / "prompts/next_item.jinja").read_text()

@@ -12,6 +12,7 @@ from factories import PROMPTS, random_histories, random_recommender
 
 from llmrec import Recommender
 from llmrec.beam import TrieTensors
+from llmrec.catalog_versions import CatalogVersions
 from llmrec.decoding import score_catalog
 from llmrec.exceptions import ArtefactError, BackboneError, LLMRecError, RequestError, UnknownItemError
 from llmrec.prompt import Prompt
@@ -213,3 +214,33 @@ print([(item.item_id, item.log_probability) for item in found])
 def test_scores_do_not_depend_on_numpy_rows(recommender):
     rows = np.array([1, 2, 3])
     assert recommender.recommend_rows([rows])[0] == recommender.recommend_rows([[1, 2, 3]])[0]
+
+
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_retired_items_are_not_recommended_but_may_be_in_histories(exclude_seen):
+    whole = random_recommender(3)
+    gone = [2, 7, 11, 30]
+    catalog = whole.catalog.with_retired(gone, True)
+    recommender = Recommender(whole.model, whole.tokenizer, catalog, whole.prompt, whole.settings)
+    history = [2, 5, 11]
+    scores = score_catalog(whole.model, whole.encoder.encode(history), TrieTensors(catalog.trie, catalog.token_ids))
+    assert np.flatnonzero(~np.isfinite(scores.numpy())).tolist() == gone
+    found = recommender.recommend([f"item-{row}" for row in history], k=40, num_beams=40, exclude_seen=exclude_seen)
+    wanted = [row for row in range(40) if row not in gone and not (exclude_seen and row in history)]
+    assert {item.item_id for item in found} == {f"item-{row}" for row in wanted}
+    assert [item.log_probability for item in found] == pytest.approx(sorted(scores[wanted].tolist())[::-1], abs=1e-9)
+
+
+def test_an_artefact_is_used_with_its_current_catalog_or_one_that_is_named(tmp_path):
+    recommender = random_recommender(1)
+    recommender.save_pretrained(tmp_path / "artefact")
+    versions = CatalogVersions(tmp_path / "artefact/catalog")
+    base, name = versions.current, versions.retire(["item-1"])
+    now = Recommender.from_pretrained(tmp_path / "artefact")  # its manifest still holds
+    assert now.catalog.version == name
+    assert "item-1" not in ids(now.recommend(["item-3"], k=39, num_beams=40))
+    before = Recommender.from_pretrained(tmp_path / "artefact", catalog_version=base)
+    assert "item-1" in ids(before.recommend(["item-3"], k=39, num_beams=40))
+    now.save_pretrained(tmp_path / "flat")
+    assert CatalogVersions(tmp_path / "flat/catalog").base.version == name
+    assert not (tmp_path / "flat/catalog/versions").exists()

@@ -430,3 +430,38 @@ def test_measures_that_do_not_fit_are_refused(tmp_path, measures):
     CatalogTrie(random_codes(0, 30, (4, 5, 6))).save(path)
     save_file(load_file(path), path, metadata={"format": llmrec.trie.FORMAT, "measures": measures})
     refused(path)
+
+
+@settings(max_examples=60, deadline=None)
+@given(catalogs(), st.data())
+def test_a_trie_without_some_rows_is_that_of_the_others(codes, data):
+    live = np.array(data.draw(st.lists(st.booleans(), min_size=len(codes), max_size=len(codes))))
+    if not live.any():
+        with pytest.raises(CatalogError, match="at least one item"):
+            CatalogTrie(codes, live)
+        return
+    rows = np.flatnonzero(live)
+    trie, alone = CatalogTrie(codes, live), CatalogTrie(codes[rows])
+    for level in range(codes.shape[1]):
+        assert trie.code[level].tolist() == alone.code[level].tolist()
+        assert trie.start[level].tolist() == alone.start[level].tolist()
+    assert trie.item_of_leaf.tolist() == rows[alone.item_of_leaf].tolist()
+    assert trie.num_items == len(rows)
+    assert [trie.leaf_of_item[row] for row in trie.item_of_leaf] == list(range(len(rows)))
+    assert (trie.leaf_of_item[~live] == -1).all()
+    # Rows without a leaf exclude nothing; the others exclude what they do in the trie of their own.
+    excluded = data.draw(st.lists(st.integers(0, len(codes) - 1), max_size=60))
+    kept = [int(np.searchsorted(rows, row)) for row in excluded if live[row]]
+    dead = [keys.tolist() for keys in trie.dead_nodes([np.array(excluded, dtype=int), rows])]
+    assert dead == [keys.tolist() for keys in alone.dead_nodes([np.array(kept, dtype=int), np.arange(len(rows))])]
+
+
+def test_a_trie_without_some_rows_is_saved_as_it_is(tmp_path):
+    codes = random_codes(3, 40, (3, 4, 5))
+    trie = CatalogTrie(codes, np.arange(40) % 3 > 0)
+    trie.save(tmp_path / "trie.safetensors")
+    again = CatalogTrie.load(tmp_path / "trie.safetensors")
+    assert again.item_of_leaf.tolist() == trie.item_of_leaf.tolist()
+    assert again.leaf_of_item.tolist() == trie.leaf_of_item.tolist()
+    with pytest.raises(CatalogError, match="3 marks of live items do not fit 40 codes"):
+        CatalogTrie(codes, np.array([True, False, True]))

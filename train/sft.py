@@ -75,6 +75,9 @@ class DataArguments:
     eval_users: int = field(
         default=500, metadata={"help": "Validation cases ranked at every evaluation, drawn with the seed; 0 for none."}
     )
+    any_split: bool = field(
+        default=False, metadata={"help": "Take codes that were built on another split; they may know held-out items."}
+    )
     fresh: bool = field(default=False, metadata={"help": "Ignore the checkpoints of an earlier run."})
 
 
@@ -93,12 +96,13 @@ def main(
 ) -> None:
     import datasets
     import numpy as np
+    import polars
     import torch
     import transformers
     from trl import SFTTrainer
 
     import llmrec
-    from llmrec.catalog import Catalog
+    from llmrec.catalog_versions import CatalogVersions
     from llmrec.data.items import Items
     from llmrec.examples import next_item_rows, training_rows
     from llmrec.prompt import Prompt
@@ -114,11 +118,12 @@ def main(
             raise DataError(f"--{name} is {getattr(data, name)}. It counts from {least}.")
     if training.max_steps <= 0 and not training.num_train_epochs > 0:
         raise DataError(f"--num_train_epochs is {training.num_train_epochs}. Train for more than none.")
-    catalog = Catalog.from_build(data.semantic_ids)
-    items = Items.read(Path(data.semantic_ids) / "items.jsonl")
+    catalog = CatalogVersions(data.semantic_ids).load()
+    items = Items.from_frame(polars.from_dicts(catalog.items, infer_schema_length=None, strict=False))
     split = splits.make(names.read_interactions(data.interactions), items)
     built = json.loads((Path(data.semantic_ids) / "semantic_ids.json").read_text(encoding="utf-8"))
-    _check_codes(data.semantic_ids, built.get("split"), split.content_hash)
+    if not data.any_split:
+        _check_codes(data.semantic_ids, built.get("split"), split.content_hash)
     prompt = Prompt.read(data.prompt if data.prompt.endswith(".jinja") else stage_path(f"prompts/{data.prompt}.jinja"))
 
     tokenizer, catalog = _tokenizer(backbone, catalog, items.texts())
@@ -200,7 +205,8 @@ def main(
         },
         "versions": {package.__name__: package.__version__ for package in (llmrec, transformers, datasets)},
     }
-    Recommender(model.eval(), tokenizer, catalog, prompt, settings).save_pretrained(data.artefact)
+    recommender = Recommender(model.eval(), tokenizer, catalog, prompt, settings, Path(data.semantic_ids))
+    recommender.save_pretrained(data.artefact)
     logger.info("artefact saved to %s", data.artefact)
 
 
@@ -209,14 +215,16 @@ def _check_codes(folder: str, built: str | None, split: str) -> None:
     if built is not None and built != split:
         raise DataError(
             f"The semantic IDs in {folder} were built on the split {built[:12]}, and this is {split[:12]}: they may "
-            "know its held-out items. Build them again from the same interactions, items and split flags."
+            "know its held-out items. Build them again from the same interactions, items and split flags; or say "
+            "--any_split, as when items and interactions came since."
         )
 
 
 def _described_codes(built: dict[str, Any]) -> dict[str, Any]:
     """What semantic_ids/build.py recorded of its codes, without paths of this machine."""
-    places = ("embeddings", "out", "items", "interactions")
-    arguments = {name: value for name, value in built.get("arguments", {}).items() if name not in places}
+    from llmrec.item_tokenizer import without_places
+
+    arguments = without_places(built.get("arguments", {}))
     policy = built.get("collisions", {}).get("policy")
     return {"quantizer": built.get("quantizer"), "collisions": policy, "arguments": arguments}
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 import llmrec
-from llmrec.cli import baseline, data
+from llmrec.cli import baseline, data, ids
 from llmrec.cli.options import InvalidRows, SplitName, TimestampUnit
 from llmrec.exceptions import LLMRecError
 
@@ -28,6 +28,7 @@ Artefact = Annotated[str, typer.Argument(help="An artefact folder, or its id on 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of the Hub's repository.")]
 app.add_typer(data.app, name="data")
+app.add_typer(ids.app, name="ids")
 
 
 def main() -> None:

@@ -107,7 +107,7 @@ class Endpoint:
             )
             for rank, (row, score) in enumerate(found, start=1)
         ]
-        if len(items) != min(request.k, len(self.catalog) - len(seen)):
+        if len(items) != min(request.k, self.catalog.candidates(seen)):
             raise EngineError("The engine returned too few items: the model's scores are not numbers. See its log.")
         return RecommendResponse(items=items, model=self.model, catalog_version=self.catalog.version)
 

@@ -9,7 +9,7 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from vllm.model_executor.models.registry import ModelRegistry
 
 from llmrec.beam import TrieTensors
-from llmrec.catalog import Catalog
+from llmrec.catalog_versions import CatalogVersions
 from llmrec.engine.attention import refuse_unsupported, teach_beams
 from llmrec.engine.pooler import BeamPooler
 from llmrec.exceptions import EngineError
@@ -64,7 +64,7 @@ def beam_model(architecture: str) -> type:
         for name, layer in layers.items():
             refuse_unsupported(name, layer)
             teach_beams(layer.impl)
-        catalog = Catalog.load(Path(self._llmrec_config.model_config.model) / CATALOG_FOLDER)
+        catalog = CatalogVersions(Path(self._llmrec_config.model_config.model) / CATALOG_FOLDER).load()
         device = self._llmrec_config.device_config.device
         self.pooler.prepare(TrieTensors(catalog.trie, catalog.require_tokens(), device), layers)
 

@@ -1,5 +1,6 @@
 """Semantic ID tokenizers: item embeddings -> codes, then unique codes. Knows nothing of texts or language models."""
 
+from llmrec.quantization.assignment import Assignment, AssignmentReport, assign
 from llmrec.quantization.collisions import (
     CollisionReport,
     Policy,
@@ -15,6 +16,8 @@ from llmrec.quantization.residual_vq import ResidualVQ
 from llmrec.quantization.scalar import ScalarQuantizer
 
 __all__ = [
+    "Assignment",
+    "AssignmentReport",
     "CollisionReport",
     "HashedCodes",
     "Policy",
@@ -24,6 +27,7 @@ __all__ = [
     "ResidualVQ",
     "ResolvedCodes",
     "ScalarQuantizer",
+    "assign",
     "compare_policies",
     "resolve_collisions",
 ]

@@ -1,0 +1,165 @@
+"""Gives new items semantic IDs: codes from the frozen codebooks, none of which another item has; no old item changes.
+
+The items join the catalog of an artefact, or of a folder that semantic_ids/build.py wrote, as a new version beside
+those before it; `llmrec ids log` shows them and `llmrec ids rollback` goes back. Their texts are embedded with the
+model that embedded the catalog's, unless --embeddings holds them already. Items that the catalog has are left alone.
+
+Examples:
+    python semantic_ids/assign.py --catalog run/artefact --items new_items.jsonl
+    python semantic_ids/assign.py --catalog run/semantic_ids --items new.parquet --embeddings run/new_embeddings
+    python semantic_ids/assign.py --catalog run/artefact --items new.csv --title-column name --dry-run
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmrec.data.arguments import ColumnArguments
+from llmrec.exceptions import ArtefactError, DataError
+from llmrec.script import parser, run
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from rich.console import Console
+    from trl import TrlParser
+
+    from llmrec.data import Items
+    from llmrec.quantization.assignment import AssignmentReport
+
+# What of an embedding's origin says how texts are encoded.
+ENCODING = ("max_tokens", "normalize", "prompt", "prompt_name", "dtype")
+
+
+@dataclass
+class AssignArguments:
+    catalog: str = field(metadata={"help": "artefact folder, or folder that semantic_ids/build.py wrote"})
+    items: str = field(metadata={"help": "table of the new items; those that the catalog has are left alone"})
+    embeddings: str | None = field(
+        default=None, metadata={"help": "folder that semantic_ids/embed.py wrote for them; default: embed them now"}
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "folder with the codebooks; default: the artefact's or the build's own"}
+    )
+    batch_size: int = field(default=32, metadata={"help": "texts per forward pass"})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, …; default: the best there is"})
+    note: str = field(default="", metadata={"help": "for the log of versions"})
+    dry_run: bool = field(default=False, metadata={"help": "say what would be done, and change nothing"})
+    json: str | None = field(default=None, metadata={"help": "write the result here too"})
+
+
+def main(arguments: AssignArguments, names: ColumnArguments) -> None:
+    from rich.console import Console
+
+    from llmrec.catalog_versions import CatalogVersions
+    from llmrec.item_tokenizer import RECORD_FILE, ItemTokenizer
+    from llmrec.recommender import CATALOG_FOLDER, TOKENIZER_FOLDER
+    from llmrec.storage import write_json
+
+    console = Console(stderr=True)
+    folder = Path(arguments.catalog)
+    artefact = (folder / CATALOG_FOLDER).is_dir()
+    own = folder / TOKENIZER_FOLDER if artefact else folder
+    if arguments.tokenizer is None and not (own / RECORD_FILE).is_file():
+        raise ArtefactError(
+            f"{folder} does not carry the codebooks that its codes come from. "
+            "Name the folder that semantic_ids/build.py wrote with --tokenizer."
+        )
+    tokenizer = ItemTokenizer.load(arguments.tokenizer or own)
+    items = names.read_items(arguments.items)
+    begun = time.monotonic()
+    versions = CatalogVersions(folder / CATALOG_FOLDER if artefact else folder)
+    catalog = versions.load()
+    loaded = time.monotonic() - begun
+    there = set(catalog.ids)
+    places = [place for place, item in enumerate(items.ids) if item not in there]
+    known = len(items.ids) - len(places)
+    if known:
+        console.print(f"{known:,} items are in the catalog already and stay as they are.")
+    rows = [items.frame.row(place, named=True) for place in places]
+    new_ids = [items.ids[place] for place in places]
+    result: dict[str, Any] = {"parent": catalog.version, "version": catalog.version, "items": len(catalog)}
+    result |= {"live": catalog.num_live, "known": known, "added": 0, "dry_run": arguments.dry_run}
+    if new_ids:
+        vectors = _embedded(arguments, tokenizer, items, new_ids, console)
+        begun = time.monotonic()
+        assignment = tokenizer.assign(new_ids, vectors, catalog)
+        _show(console, assignment.report)
+        version = "nothing was changed"
+        if not arguments.dry_run:
+            version = versions.add(rows, assignment.codes, arguments.note, catalog.version)
+            result |= {"version": version, "items": len(catalog) + len(rows), "live": catalog.num_live + len(rows)}
+        seconds = loaded + time.monotonic() - begun
+        codes = dict(zip(new_ids, assignment.codes.tolist(), strict=True))
+        result |= {"added": len(rows), "assignment": assignment.report.to_dict(), "seconds": round(seconds, 3)}
+        result |= {"codes": codes}
+        console.print(f"{result['items']:,} items, version {version}: {seconds:.1f} s after embedding")
+    else:
+        console.print("There is no new item: nothing was changed.")
+    if arguments.json:
+        write_json(arguments.json, result)
+
+
+def _embedded(
+    arguments: AssignArguments,
+    tokenizer: Any,
+    items: "Items",
+    new_ids: list[str],
+    console: "Console",
+) -> "npt.NDArray[np.float32]":
+    """The new items' text embeddings (M, D), made as the catalog's were."""
+    from llmrec.embedding import EmbeddingStore, encode_texts, resolve_model
+
+    origin = tokenizer.record.get("embeddings", {})
+    if arguments.embeddings:
+        store = EmbeddingStore.load(arguments.embeddings)
+        for name, what in (("model", "model"), ("weights_sha256", "weights")):
+            if store.origin.get(name) != origin.get(name):
+                raise DataError(
+                    f"The embeddings' {what} are {store.origin.get(name)!r}, the catalog was built with "
+                    f"{origin.get(name)!r}. Embed the new items with the same model."
+                )
+        return store.rows(new_ids)
+    name = origin.get("model")
+    if name is None or name == "static":
+        raise DataError(
+            f"The catalog's texts were embedded with {name or 'an unknown model'!r}, which cannot embed new ones: it "
+            "is fitted on the catalog itself. Build with a sentence-transformers model, or give --embeddings."
+        )
+    model = resolve_model(None if name == "sentence-transformers/all-MiniLM-L6-v2" else name)
+    if model.weights_sha256 != origin.get("weights_sha256"):
+        raise ArtefactError(
+            f"The weights of {model.name} have sha256 {model.weights_sha256}, the catalog was embedded with "
+            f"{origin.get('weights_sha256')}. Use the same revision of the model."
+        )
+    texts = dict(zip(items.ids, items.texts(), strict=True))
+    console.print(f"Embedding {len(new_ids):,} items with {model.name}", markup=False)
+    settings = {key: origin[key] for key in ENCODING if key in origin}
+    return encode_texts(
+        [texts[item] for item in new_ids],
+        model,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+        progress=True,
+        **settings,
+    )
+
+
+def _show(console: "Console", report: "AssignmentReport") -> None:
+    console.print(
+        f"{report.items:,} new items beside {report.taken:,} codes: {report.contested:,} found their code contested, "
+        f"{report.moved:,} have another one, {report.spilled:,} of them under another prefix."
+    )
+    if report.distortion:
+        console.print(f"That added {report.added_distortion / report.distortion:.2%} to their mean squared error.")
+    if report.full_prefixes:
+        console.print(f"{report.full_prefixes:,} prefixes have no free code left: think of building anew.")
+
+
+def make_parser() -> "TrlParser":
+    return parser((AssignArguments, ColumnArguments), __doc__)
+
+
+if __name__ == "__main__":
+    run(main, make_parser())
