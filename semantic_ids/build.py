@@ -52,11 +52,12 @@ class BuildArguments:
     interactions: str | None = field(
         default=None, metadata={"help": "log of interactions, for the collaborative part; default: text alone"}
     )
-    quantizer: Literal["rkmeans", "rqvae", "rvq", "pq", "opq", "fsq", "hash"] = field(
+    quantizer: Literal["rkmeans", "rqvae", "rvq", "pq", "opq", "fsq", "hash", "titles"] = field(
         default="rkmeans",
         metadata={
             "help": "rkmeans: residual k-means; rqvae: residual-quantised autoencoder; rvq: residual codebooks learnt "
-            "together; pq, opq: (rotated) product quantisation; fsq: finite scalar; hash: the control"
+            "together; pq, opq: (rotated) product quantisation; fsq: finite scalar; hash: the control; titles: the "
+            "rarest n-grams of the titles, no vectors and no interactions"
         },
     )
     num_levels: int = field(default=3, metadata={"help": "codes per item"})
@@ -70,6 +71,7 @@ class BuildArguments:
     fsq_levels: list[int] = field(
         default_factory=lambda: [8, 8, 8, 6, 5], metadata={"help": "fsq: steps of each dimension of a code"}
     )
+    ngram: int = field(default=1, metadata={"help": "titles: words of an n-gram"})
     epochs: int | None = field(
         default=None, metadata={"help": "rqvae: passes over the items; default: by their number"}
     )
@@ -133,6 +135,7 @@ def main(arguments: BuildArguments, names: ColumnArguments, splits: SplitArgumen
     from llmrec.embedding.whitening import Whitening
     from llmrec.item_tokenizer import CODEBOOKS_FOLDER, FUSION_FOLDER, RECORD_FILE, WHITENING_FOLDER
     from llmrec.quantization import resolve_collisions
+    from llmrec.quantization.titles import TitleCodes, resolve_titles
     from llmrec.storage import atomic_folder, sha256_of, write_json
 
     # Under `accelerate launch` an RQ-VAE is fitted by all processes; the rest, and all words, are the first one's.
@@ -158,7 +161,8 @@ def main(arguments: BuildArguments, names: ColumnArguments, splits: SplitArgumen
         whitening = Whitening.fit(vectors, arguments.pca_dim, arguments.whitening or 0.0)
         vectors = whitening.transform(vectors)
         console.print(f"{vectors.shape[1]} principal components, {whitening.explained:.1%} of the text's variance")
-    if interactions is not None and (arguments.collaborative_weight > 0 or arguments.fusion == "letter"):
+    fused = arguments.collaborative_weight > 0 or arguments.fusion == "letter"
+    if interactions is not None and fused and arguments.quantizer != "titles":
         split = splits.make(interactions, items)
         signals = collaborative_signals(arguments, split, items, console)
         if signals is not None and arguments.fusion == "concat":
@@ -168,10 +172,15 @@ def main(arguments: BuildArguments, names: ColumnArguments, splits: SplitArgumen
     console.print(f"{arguments.quantizer}, {arguments.num_levels} × {arguments.codebook_size}")
     if not first and arguments.quantizer != "rqvae":
         return
-    quantizer, codes = quantised(arguments, vectors, items.ids, signals)
-    if not first:
-        return
-    resolved = resolve_collisions(codes, vectors, quantizer, arguments.collisions)
+    quantizer: Quantizer | TitleCodes
+    if arguments.quantizer == "titles":
+        quantizer = TitleCodes(arguments.num_levels, arguments.codebook_size, ngram=arguments.ngram).fit(items.titles)
+        resolved = resolve_titles(quantizer.encode(items.titles), quantizer.codebook_sizes)
+    else:
+        quantizer, codes = quantised(arguments, vectors, items.ids, signals)
+        if not first:
+            return
+        resolved = resolve_collisions(codes, vectors, quantizer, arguments.collisions)
 
     described = {
         "codebook_sizes": list(resolved.codebook_sizes),

@@ -126,6 +126,8 @@ def why_not_restored(ids: "SemanticIDs", embeddings: str, split: "Split | None")
     from llmrec.storage import sha256_of
 
     assert ids.folder is not None
+    if ids.origin.get("quantizer") == "titles":
+        return "These codes are n-grams of titles: they stand for no vectors. Nothing is missing."
     described = ids.origin.get("embeddings")
     wanted = described.get("sha256") if isinstance(described, dict) else None
     if wanted is not None and wanted != sha256_of(Path(embeddings) / EMBEDDINGS_FILE):

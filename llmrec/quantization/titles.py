@@ -13,6 +13,7 @@ import polars as pl
 from llmrec import __version__
 from llmrec.exceptions import ArtefactError, TokenizerError
 from llmrec.quantization.codebooks import MANIFEST_FILE, check_codes, check_positive
+from llmrec.quantization.collisions import CollisionReport, ResolvedCodes
 from llmrec.storage import write_json
 
 logger = logging.getLogger(__name__)
@@ -184,6 +185,36 @@ class TitleCodes:
             .unique(["row", "ngram"], keep="first", maintain_order=True)
             .select("row", "place", "ngram")
         )
+
+
+def resolve_titles(codes: npt.NDArray[np.integer], codebook_sizes: Sequence[int]) -> ResolvedCodes:
+    """Titles' codes (N, L) with `unique`'s digit, and the report that `resolve_collisions` gives of others.
+
+    The digit is there even if no two titles have the same code. Distortions are 0: the codes stand for no vectors.
+    """
+    original: npt.NDArray[np.int32] = np.asarray(codes, dtype=np.int32)
+    resolved = unique(original)
+    _, group, sizes = np.unique(original, axis=0, return_inverse=True, return_counts=True)
+    _, prefixes = np.unique(original[:, :-1], axis=0, return_counts=True)
+    sharing = int((sizes[group.reshape(-1)] > 1).sum())
+    levels = (*map(int, codebook_sizes), int(sizes.max()))
+    report = CollisionReport(
+        policy="append",
+        items=len(original),
+        unique_codes_before=len(sizes),
+        sharing_items=sharing,
+        sharing_rate=sharing / len(original),
+        collision_rate=1 - len(sizes) / len(original),
+        largest_group=int(sizes.max()),
+        largest_prefix_group=int(prefixes.max()),
+        moved_items=0,
+        distortion_before=0.0,
+        added_distortion=0.0,
+        tokens_per_item=resolved.shape[1],
+        codebook_sizes=list(levels),
+        used_codes=[len(np.unique(level)) for level in resolved.T],
+    )
+    return ResolvedCodes(resolved, levels, report)
 
 
 def unique(codes: npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:

@@ -12,12 +12,14 @@ import polars as pl
 import pytest
 from safetensors.numpy import load_file
 
+from llmrec.catalog import Catalog
 from llmrec.data import Interactions, Items, leave_one_out
 from llmrec.data.arguments import ColumnArguments, SplitArguments
 from llmrec.embedding import EmbeddingStore, Fusion, Whitening, cooccurrence_embeddings, sasrec_embeddings
-from llmrec.exceptions import DataError
+from llmrec.exceptions import ArtefactError, DataError
 from llmrec.item_tokenizer import ItemTokenizer
 from llmrec.quantization.rqvae import RQVAE
+from llmrec.quantization.titles import TitleCodes
 
 ROOT = Path(__file__).parents[2]
 IDS = [f"i{n}" for n in range(30)]
@@ -131,3 +133,20 @@ def test_two_processes_write_one_result(build, data, tmp_path) -> None:
     one, two = (load_file(tmp_path / name / "codes.safetensors")["codes"] for name in ("one", "two"))
     assert (one == two).all()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_titles_need_no_vectors(build, data, tmp_path) -> None:
+    items = pl.DataFrame({"item_id": IDS, "title": ["red bolt", "red bolt", "Blue bolt", *["nut"] * 27]})
+    items.write_csv(tmp_path / "items.csv")
+    arguments = {"items": str(tmp_path / "items.csv"), "quantizer": "titles", "interactions": str(data / "log.csv")}
+    with pytest.raises(ArtefactError, match="'titles', which encodes no vectors"):
+        made(build, data, tmp_path / "ids", **arguments)
+    described = json.loads((tmp_path / "ids/semantic_ids.json").read_text())
+    report = described["collisions"]
+    assert (described["split"], report["policy"], report["tokens_per_item"]) == (None, "append", 3)
+    assert (report["sharing_items"], report["largest_group"], report["unique_codes_before"]) == (29, 27, 3)
+    codes = Catalog.from_build(tmp_path / "ids").codes
+    assert len(np.unique(codes, axis=0)) == 30
+    titles = TitleCodes.from_pretrained(tmp_path / "ids/codebooks").decode(codes[:3, :2])
+    assert titles == ["red | bolt", "red | bolt", "blue | bolt"]
+    assert described["codebook_sizes"] == [5, 5, 27]
