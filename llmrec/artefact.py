@@ -158,7 +158,7 @@ def push_to_hub(
             folder_path=folder,
             revision=revision,
             commit_message=commit_message or f"Upload the artefact {folder.resolve().name}",
-            allow_patterns=[*(_literally(name) for name in listed), MANIFEST, "README.md", *LIVING, f"{LIVING[0]}*"],
+            allow_patterns=[*map(_literally, [*listed, *_living(folder)]), MANIFEST, "README.md"],
             delete_patterns=[*LOADABLE, "catalog/*", "item_tokenizer/*"],
         )
     except HfHubHTTPError as error:
@@ -172,6 +172,11 @@ def push_to_hub(
             "Check the network, HF_ENDPOINT and HF_HUB_OFFLINE, and push again."
         ) from error
     return str(info.commit_url)
+
+
+def _living(folder: Path) -> list[str]:
+    """The files of the catalog's versions, without what a killed process left half-written, and the current one's."""
+    return [name for name in sorted(_files(folder)) if name.startswith(LIVING)]
 
 
 def _files(folder: Path) -> set[str]:

@@ -9,12 +9,14 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from llmrec.exceptions import CatalogError, UnknownItemError
 from llmrec.storage import atomic_path, write_json
 from llmrec.trie import CatalogTrie
 
+CATALOG_FOLDER = "catalog"  # of an artefact
 ITEMS_FILE, CODES_FILE, CATALOG_FILE = "items.jsonl", "codes.safetensors", "catalog.json"
 
 
@@ -29,6 +31,8 @@ class Catalog:
             known. Ids are kept rather than strings, so that nothing depends on a token's place in a string.
         retired: (N,) bool, items that are not recommended any more. They keep their rows and codes: histories may name
             them, and no other item takes their code.
+        base_items: how many items its base had (`CatalogVersions`), which have the first rows; without versions, N.
+        version: its name among the versions of a living catalog (`CatalogVersions`); without one, its content hash.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class Catalog:
         codebook_sizes: Sequence[int],
         token_ids: Sequence[npt.NDArray[np.integer]] | None = None,
         retired: npt.NDArray[np.bool_] | None = None,
+        version: str | None = None,
     ) -> None:
         self.items = list(items)
         self.codes: npt.NDArray[np.int32] = np.ascontiguousarray(codes, dtype=np.int32)
@@ -52,6 +57,10 @@ class Catalog:
                 f"Codes reach {self.codes.max(axis=0).tolist()}, codebooks have {list(self.codebook_sizes)} entries. "
                 "Build the semantic IDs again."
             )
+        self._version = version
+        self.base_items = len(self.items)
+        if nameless := [row for row, item in enumerate(self.items) if "item_id" not in item]:
+            raise CatalogError(f"The item of row {nameless[0]} has no item_id. Give every item one.")
         self._rows = {str(item["item_id"]): row for row, item in enumerate(self.items)}
         if len(self._rows) != len(self.items):
             raise CatalogError(f"{len(self.items) - len(self._rows)} item id(s) repeat. Keep one row per item.")
@@ -90,13 +99,21 @@ class Catalog:
         return CatalogTrie(self.codes, ~self.retired)
 
     @cached_property
-    def version(self) -> str:
+    def content_hash(self) -> str:
         """A hash of what can be recommended and how it is spelt: item ids, codes, codebook sizes, who is retired."""
         digest = hashlib.sha256(json.dumps([self.ids, list(self.codebook_sizes)]).encode())
         digest.update(np.ascontiguousarray(self.codes, dtype="<i4").tobytes())
         if self.retired.any():  # else as it was before there was retirement
             digest.update(np.packbits(self.retired).tobytes())
         return digest.hexdigest()[:16]
+
+    @property
+    def version(self) -> str:
+        return self._version or self.content_hash
+
+    @version.setter
+    def version(self, name: str) -> None:
+        self._version = name
 
     def candidates(self, excluded: Sequence[int] | npt.NDArray[np.integer] = ()) -> int:
         """How many items can be recommended when some rows (repeats allowed) are excluded.
@@ -149,12 +166,23 @@ class Catalog:
             CatalogError: if an id is in the catalog already, a code is given to another item, or is outside its
                 codebook.
         """
-        if known := [str(item["item_id"]) for item in items if str(item["item_id"]) in self._rows]:
+        if known := [str(item["item_id"]) for item in items if str(item.get("item_id")) in self._rows]:
             raise CatalogError(
                 f"{len(known)} item(s) are in the catalog already, {known[0]!r} first. Add only new ones; "
                 "bring retired ones back with restore."
             )
-        found = np.asarray(codes, dtype=np.int32).reshape(len(items), self.num_levels)
+        found = np.asarray(codes)
+        if found.dtype.kind not in "iu" or found.shape != (len(items), self.num_levels):
+            raise CatalogError(
+                f"{len(items)} new items were given codes of {found.dtype} in the shape {found.shape}. "
+                f"Give whole numbers, ({len(items)}, {self.num_levels})."
+            )
+        if found.size and (found.min() < 0 or (found.max(axis=0) >= self.codebook_sizes).any()):
+            raise CatalogError(
+                f"New codes reach from {found.min()} to {found.max(axis=0).tolist()}, codebooks have "
+                f"{list(self.codebook_sizes)} entries. Assign codes from this catalog's codebooks."
+            )
+        found = found.astype(np.int32)
         whole = np.concatenate([self.codes, found])
         retired = np.concatenate([self.retired, np.zeros(len(items), dtype=bool)])
         grown = Catalog([*self.items, *items], whole, self.codebook_sizes, self.token_ids, retired)
@@ -179,16 +207,16 @@ class Catalog:
         folder = Path(folder)
         if not (folder / "semantic_ids.json").is_file():
             raise CatalogError(f"{folder} holds no semantic_ids.json. Run semantic_ids/build.py with --out {folder}.")
-        described = json.loads((folder / "semantic_ids.json").read_text(encoding="utf-8"))
-        codes = load_file(folder / CODES_FILE)["codes"]
-        return cls(read_items(folder / ITEMS_FILE), codes, described["codebook_sizes"])
+        described = _read_object(folder / "semantic_ids.json", "codebook_sizes")
+        tensors = read_tensors(folder / CODES_FILE)
+        return cls(read_items(folder / ITEMS_FILE), tensors["codes"], described["codebook_sizes"])
 
     def save(self, folder: str | Path) -> None:
         """Writes items.jsonl, codes.safetensors and catalog.json; each file whole or not at all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(folder / ITEMS_FILE) as temporary:
-            write_items(temporary, self.items)
+            temporary.write_bytes(item_lines(self.items))
         tensors: dict[str, npt.NDArray[Any]] = {"codes": self.codes}
         for level, ids in enumerate(self.token_ids or ()):
             tensors[f"token_ids.{level}"] = ids
@@ -198,7 +226,7 @@ class Catalog:
             save_file(tensors, temporary)
         write_json(
             folder / CATALOG_FILE,
-            {"version": self.version, "items": len(self), "codebook_sizes": list(self.codebook_sizes)},
+            {"version": self.content_hash, "items": len(self), "codebook_sizes": list(self.codebook_sizes)},
         )
 
     @classmethod
@@ -208,14 +236,14 @@ class Catalog:
         missing = [name for name in (ITEMS_FILE, CODES_FILE, CATALOG_FILE) if not (folder / name).is_file()]
         if missing:
             raise CatalogError(f"{folder} lacks {', '.join(missing)}. Point to the catalog folder of an artefact.")
-        described = json.loads((folder / CATALOG_FILE).read_text(encoding="utf-8"))
-        tensors = load_file(folder / CODES_FILE)
+        described = _read_object(folder / CATALOG_FILE, "codebook_sizes", "version")
+        tensors = read_tensors(folder / CODES_FILE)
         levels = [tensors[name] for name in sorted(tensors, key=_level_of) if name.startswith("token_ids.")]
         items, sizes = read_items(folder / ITEMS_FILE), described["codebook_sizes"]
         catalog = cls(items, tensors["codes"], sizes, levels or None, tensors.get("retired"))
-        if catalog.version != described["version"]:
+        if catalog.content_hash != described["version"]:
             raise CatalogError(
-                f"The catalog in {folder} has version {catalog.version}, its catalog.json says "
+                f"The catalog in {folder} has version {catalog.content_hash}, its catalog.json says "
                 f"{described['version']}. Its files come from different catalogs: restore the folder."
             )
         return catalog
@@ -227,19 +255,44 @@ def _level_of(name: str) -> int:
 
 def read_items(path: Path) -> list[dict[str, Any]]:
     """The items of a JSON-lines file, in its order; raises CatalogError for a file that is none."""
-    with open(path, encoding="utf-8") as file:
-        lines = [line for line in file if line != "\n"]
     try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line for line in file if line != "\n"]
         # One document is parsed three times as fast as a million lines.
         items: list[dict[str, Any]] = json.loads(f"[{','.join(lines)}]")
         if len(items) != len(lines) or not all(isinstance(item, dict) and "item_id" in item for item in items):
             raise ValueError("a line is not one item with an item_id")
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CatalogError(f"{path} is no table of items ({error}). Restore the file, or build it again.") from error
     return items
 
 
-def write_items(path: Path, items: Sequence[Mapping[str, Any]]) -> None:
-    """Writes items as JSON lines."""
-    lines = (json.dumps(dict(item), ensure_ascii=False) + "\n" for item in items)
-    path.write_text("".join(lines), encoding="utf-8")
+def item_lines(items: Sequence[Mapping[str, Any]]) -> bytes:
+    """Items as JSON lines; raises CatalogError for a value that JSON does not have, or half a character."""
+    try:
+        lines = (json.dumps(dict(item), ensure_ascii=False, allow_nan=False) + "\n" for item in items)
+        return "".join(lines).encode()
+    except (TypeError, ValueError) as error:
+        raise CatalogError(f"An item cannot be written ({error}). Give texts, numbers, lists and null.") from error
+
+
+def read_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of a codes file, "codes" among them; raises CatalogError if it is torn or holds none."""
+    try:
+        tensors: dict[str, npt.NDArray[Any]] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CatalogError(f"{path} cannot be read ({error}). Restore the file, or build it again.") from error
+    if "codes" not in tensors:
+        raise CatalogError(f"{path} holds {sorted(tensors)}, but no codes. Restore the file, or build it again.")
+    return tensors
+
+
+def _read_object(path: Path, *names: str) -> dict[str, Any]:
+    """A JSON object with these keys."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if missing := [name for name in names if name not in found]:
+            raise ValueError(f"it has no {missing[0]}")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CatalogError(f"{path} cannot be read ({error}). Restore the folder, or build it again.") from error
+    return found

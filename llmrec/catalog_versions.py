@@ -3,12 +3,16 @@
 The folder that holds a catalog (an artefact's `catalog/`, or what `semantic_ids/build.py` wrote) is the base, and is
 never changed. A version is a folder `versions/VERSION/` with what it changes of its parent: items added with their
 codes, items retired or restored. Which version is in use stands in `current.json`, the one file that changes; so going
-back is one small write. Versions are named by a hash of the whole catalog they make (`Catalog.version`), which is
-checked whenever one is read: equal catalogs are one version, however they came about.
+back is one small write.
+
+A version's name is a hash of its description, `version.json`, which holds its parent's name, the hash of the catalog
+that it makes (`Catalog.content_hash`) and the sha256 of its files. All of it is compared when a version is read, so that none can be changed unseen. The base's name is its content hash.
 """
 
 import fcntl
+import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -18,15 +22,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save
 
 from llmrec import __version__
-from llmrec.catalog import CATALOG_FILE, CODES_FILE, ITEMS_FILE, Catalog, read_items, write_items
+from llmrec.catalog import CATALOG_FILE, CODES_FILE, ITEMS_FILE, Catalog, item_lines, read_items, read_tensors
 from llmrec.exceptions import ArtefactError, CatalogError
 from llmrec.storage import atomic_folder, sha256_of, write_json
 
 VERSIONS_FOLDER, VERSION_FILE, CURRENT_FILE, LOCK_FILE = "versions", "version.json", "current.json", ".versions.lock"
+
+_NAME = re.compile("[0-9a-f]{16}")
+_COUNTS, _IDS, _WORDS = ("items", "live", "added"), ("retired", "restored"), ("parent", "catalog", "created", "note")
 
 
 class CatalogVersions:
@@ -41,6 +47,7 @@ class CatalogVersions:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self._loaded: Catalog | None = None
 
     @cached_property
     def base(self) -> Catalog:
@@ -55,52 +62,65 @@ class CatalogVersions:
         return str(self._pointer()["version"])
 
     def load(self, version: str | None = None) -> Catalog:
-        """The catalog of a version, by default the current one.
+        """The catalog of a version, by default the current one; its `version` is that name.
 
         Raises:
-            CatalogError: if there is no such version, or its files do not make the catalog it is named after.
+            CatalogError: if there is no such version, or its files do not make the catalog that it describes.
             ArtefactError: if a file of it is missing or altered.
         """
-        version = version or self.current
+        version = self.current if version is None else version
+        if version == self.base.version:
+            return self.base
+        if self._loaded is not None and self._loaded.version == version:
+            return self._loaded
         chain = []
         at = version
         while at != self.base.version:
-            chain.append(self._read(at))
-            at = str(chain[-1]["parent"])
-            if len(chain) > len(self._names()):
-                raise CatalogError(f"The versions in {self.folder} are their own ancestors. Restore the folder.")
-        if not chain:
-            return self.base
+            chain.append(self._describe(at))  # a name is a hash of what names the parent: there are no circles
+            at = chain[-1]["parent"]
         items, codes = list(self.base.items), [self.base.codes]
         retired = {self.base.ids[row] for row in np.flatnonzero(self.base.retired)}
         for change in reversed(chain):
             if change["added"]:
-                items += read_items(self._folder(change["version"]) / ITEMS_FILE)
-                codes.append(self._codes(change["version"]))
+                folder = self._whole(change)
+                items += read_items(folder / ITEMS_FILE)
+                codes.append(read_tensors(folder / CODES_FILE)["codes"])
             retired = (retired | set(change["retired"])) - set(change["restored"])
         marks = np.zeros(len(items), dtype=bool)
         if retired:
             marks[:] = [str(item["item_id"]) in retired for item in items]
-        catalog = Catalog(items, np.concatenate(codes), self.base.codebook_sizes, self.base.token_ids, marks)
-        if catalog.version != version:
+        made = Catalog(items, np.concatenate(codes), self.base.codebook_sizes, self.base.token_ids, marks, version)
+        if made.content_hash != chain[0]["catalog"]:
             raise CatalogError(
-                f"The files of version {version} in {self.folder} make the catalog {catalog.version}. "
-                "Restore the folder, or roll back to a version that is whole."
+                f"The files of version {version} in {self.folder} make the catalog {made.content_hash}, not "
+                f"{chain[0]['catalog']}. Restore the folder, or roll back to another version."
             )
-        return catalog
+        made.base_items = len(self.base)
+        self._loaded = made
+        return made
 
     def log(self) -> list[dict[str, Any]]:
-        """All versions, the base first, others by the time they were made.
+        """All versions, the base first, others by the time they were made; damaged ones are told, not read.
 
         Returns:
             JSON-ready rows: "version", "parent" (None for the base), "created" (None for the base), "items" and "live"
-            (how many it has), "added" (how many), "retired" and "restored" (item ids), "note", "current".
+            (how many it has), "added" (how many), "retired" and "restored" (item ids), "note", "current", "damaged"
+            (None, or what is wrong with its description, and then only "version" and "current" are known).
         """
-        base: dict[str, Any] = {"version": self.base.version, "parent": None, "created": None, "items": len(self.base)}
-        base |= {"live": self.base.num_live, "added": 0, "retired": [], "restored": [], "note": "as built"}
-        changes = sorted((self._read(name) for name in self._names()), key=lambda row: (row["created"], row["items"]))
-        shown = [{name: row[name] for name in base} for row in changes]
-        return [{**row, "current": row["version"] == self.current} for row in [base, *shown]]
+        current = self.current
+        rows: list[dict[str, Any]] = []
+        for name in self._names():
+            row: dict[str, Any] = {"version": name, "damaged": None}
+            try:
+                change = self._describe(name)
+                row |= {key: change[key] for key in ("parent", "created", *_COUNTS, *_IDS, "note")}
+            except ArtefactError as error:
+                row |= {"created": "", "items": 0, "damaged": str(error)}
+            rows.append(row)
+        rows.sort(key=lambda row: (row["created"], row["items"]))
+        base: dict[str, Any] = {"version": self.base.version, "damaged": None, "parent": None, "created": None}
+        base |= {"items": len(self.base), "live": self.base.num_live, "added": 0, "retired": [], "restored": []}
+        return [{**row, "current": row["version"] == current} for row in [base | {"note": "as built"}, *rows]]
 
     def moves(self) -> list[dict[str, Any]]:
         """Which version came into use when: "version", "previous", "what", "at", the oldest first."""
@@ -121,8 +141,11 @@ class CatalogVersions:
             The new version, which is now current.
 
         Raises:
-            CatalogError: if an item is there already, a code is taken, or `parent` is not current any more.
+            CatalogError: if there are no items, one is there already, a code is taken, or `parent` is not current any
+                more.
         """
+        if not len(items):
+            raise CatalogError("No item is to be added. Name at least one.")
         with self._change() as current:
             if parent and parent != current.version:
                 raise CatalogError(
@@ -151,18 +174,18 @@ class CatalogVersions:
 
         Raises:
             CatalogError: if there is no such version, or the base is current and has no parent.
+            ArtefactError: if the version is damaged; another one stays in use then.
         """
         with self._locked():
-            current = self.current
             if to is None:
+                current = self.current
                 if current == self.base.version:
                     raise CatalogError(
                         f"Version {current} in {self.folder} is the base and has no parent. Name a version to go to."
                     )
-                to = str(self._read(current)["parent"])
-            if to != current:
-                self.load(to)  # whole, before anyone is sent to it
-                self._point(to, "rollback")
+                to = str(self._describe(current)["parent"])
+            self.load(to)  # whole, before anyone is sent to it
+            self._point(to, "rollback")
         return to
 
     def _mark(self, item_ids: Sequence[str], retired: bool, note: str) -> str:
@@ -197,89 +220,126 @@ class CatalogVersions:
         retired: Sequence[str] = (),
         restored: Sequence[str] = (),
     ) -> str:
-        folder = self._folder(catalog.version)
-        if catalog.version != self.base.version and not folder.is_dir():
-            with atomic_folder(folder) as temporary:
-                if added:
-                    write_items(temporary / ITEMS_FILE, catalog.items[-added:])
-                    save_file({"codes": np.ascontiguousarray(catalog.codes[-added:])}, temporary / CODES_FILE)
-                described = {
-                    "version": catalog.version,
-                    "parent": parent.version,
-                    "created": datetime.now(UTC).isoformat(timespec="microseconds"),
-                    "items": len(catalog),
-                    "live": catalog.num_live,
-                    "added": added,
-                    "retired": list(retired),
-                    "restored": list(restored),
-                    "note": note,
-                    "sha256": {name: sha256_of(temporary / name) for name in (ITEMS_FILE, CODES_FILE) if added},
-                    "llmrec_version": __version__,
-                }
-                write_json(temporary / VERSION_FILE, described)
-        self._point(catalog.version, note)
-        return catalog.version
+        if not (self.folder / CURRENT_FILE).is_file():
+            # From now on its absence means that it was lost.
+            write_json(self.folder / CURRENT_FILE, {"version": parent.version, "moves": []})
+        files: dict[str, bytes] = {}
+        if added:
+            files[ITEMS_FILE] = item_lines(catalog.items[-added:])
+            files[CODES_FILE] = save({"codes": np.ascontiguousarray(catalog.codes[-added:])})
+        note = note.encode("utf-8", "replace").decode("utf-8")
+        described = {
+            "parent": parent.version,
+            "catalog": catalog.content_hash,
+            "created": datetime.now(UTC).isoformat(timespec="microseconds"),
+            "items": len(catalog),
+            "live": catalog.num_live,
+            "added": added,
+            "retired": list(retired),
+            "restored": list(restored),
+            "note": note,
+            "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+            "llmrec_version": __version__,
+        }
+        files[VERSION_FILE] = (json.dumps(described, indent=2, ensure_ascii=False) + "\n").encode()
+        name = _name_of(files[VERSION_FILE])
+        with atomic_folder(self._folder(name)) as temporary:
+            for file, content in files.items():
+                (temporary / file).write_bytes(content)
+        self._point(name, note)
+        catalog.version, catalog.base_items = name, len(self.base)
+        self._loaded = catalog
+        return name
 
     def _point(self, version: str, what: str) -> None:
-        pointer = self._pointer()
+        path = self.folder / CURRENT_FILE
+        pointer = self._pointer() if path.is_file() else {"version": None, "moves": []}
         at = datetime.now(UTC).isoformat(timespec="seconds")
         moves = [*pointer["moves"], {"version": version, "previous": pointer["version"], "what": what, "at": at}]
-        write_json(self.folder / CURRENT_FILE, {"version": version, "moves": moves})
+        write_json(path, {"version": version, "moves": moves})
 
     def _pointer(self) -> dict[str, Any]:
         path = self.folder / CURRENT_FILE
         if not path.is_file():
-            return {"version": self.base.version, "moves": []}
+            if not self._names():
+                return {"version": self.base.version, "moves": []}
+            raise CatalogError(
+                f"{path} is missing, though there are versions, so nobody knows which is current. Restore it, or name "
+                "one with llmrec ids rollback --to."
+            )
         try:
             pointer = json.loads(path.read_text(encoding="utf-8"))
             return {"version": str(pointer["version"]), "moves": list(pointer["moves"])}
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CatalogError(
-                f"{path} does not say which version is current ({error!r}). Remove it to go back to the base."
+                f"{path} does not say which version is current ({error!r}). Remove it, and name a version with "
+                "llmrec ids rollback --to."
             ) from error
 
-    def _read(self, version: str) -> dict[str, Any]:
-        """What a version changes, its files checked."""
-        folder = self._folder(version)
-        if not (folder / VERSION_FILE).is_file():
+    def _describe(self, version: str) -> dict[str, Any]:
+        """A version's description, which its name is the hash of."""
+        path = self._folder(version) / VERSION_FILE
+        if not path.is_file():
             known = ", ".join([self.base.version, *self._names()])
             raise CatalogError(f"There is no version {version!r} in {self.folder}. Name one of {known}.")
         try:
-            change: dict[str, Any] = json.loads((folder / VERSION_FILE).read_text(encoding="utf-8"))
-            files = [(name, change["sha256"][name]) for name in (ITEMS_FILE, CODES_FILE) if change["added"]]
-            change = {**change, "version": version, "parent": str(change["parent"])}
-            change |= {"retired": list(change["retired"]), "restored": list(change["restored"])}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ArtefactError(f"{folder / VERSION_FILE} is no version ({error!r}). Restore the folder.") from error
-        for name, digest in files:
-            if not (folder / name).is_file() or sha256_of(folder / name) != digest:
+            if _name_of(path.read_bytes()) != version:
+                raise ValueError("its hash is not its name")
+            change: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            kinds = [(_COUNTS, int), (_IDS, list), (_WORDS, str), (("sha256",), dict)]
+            if wrong := [key for keys, kind in kinds for key in keys if not isinstance(change.get(key), kind)]:
+                raise ValueError(f"no {wrong[0]}")
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ArtefactError(
+                f"{path} was altered or is no version ({error}). Restore the folder, or roll back to another version "
+                "with llmrec ids rollback --to."
+            ) from error
+        return {**change, "version": version}
+
+    def _whole(self, change: Mapping[str, Any]) -> Path:
+        """The folder of a version that adds items, once its files are found to be those that it describes."""
+        folder = self._folder(change["version"])
+        for name in (ITEMS_FILE, CODES_FILE):
+            if not (folder / name).is_file() or sha256_of(folder / name) != change["sha256"].get(name):
                 raise ArtefactError(
                     f"{folder / name} is missing or not the file that {VERSION_FILE} describes. "
                     "Restore the folder, or roll back to another version."
                 )
-        return change
-
-    def _codes(self, version: str) -> npt.NDArray[np.int32]:
-        path = self._folder(version) / CODES_FILE
-        try:
-            codes: npt.NDArray[np.int32] = load_file(path)["codes"]
-        except (KeyError, SafetensorError) as error:
-            raise ArtefactError(f"{path} holds no codes ({error!r}). Restore the folder.") from error
-        return codes
+        return folder
 
     def _names(self) -> list[str]:
         folders = (self.folder / VERSIONS_FOLDER).glob("*/" + VERSION_FILE)
-        return sorted(file.parent.name for file in folders if not file.parent.name.startswith("."))
+        return sorted(file.parent.name for file in folders if _NAME.fullmatch(file.parent.name))
 
     def _folder(self, version: str) -> Path:
-        if not version or not version.isalnum():
-            raise CatalogError(f"{version!r} is no version of a catalog. Versions are hexadecimal numbers.")
+        if not _NAME.fullmatch(version):
+            raise CatalogError(f"{version[:80]!r} is no version of a catalog. A name has 16 hexadecimal digits.")
         return self.folder / VERSIONS_FOLDER / version
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         if not self.folder.is_dir():
             raise CatalogError(f"There is no catalog folder {self.folder}. Name an artefact or a built one.")
-        with open(self.folder / LOCK_FILE, "w", encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        try:
+            with open(self.folder / LOCK_FILE, "w", encoding="utf-8") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield
+        except OSError as error:
+            raise CatalogError(
+                f"The catalog in {self.folder} cannot be changed ({error}). It is as it was: make room or give the "
+                "right to write, and try again."
+            ) from error
+
+
+def refuse_to_replace(folder: str | Path) -> None:
+    """Raises CatalogError if a catalog with versions lies in `folder`, which a new one written there would delete."""
+    versions = sorted((Path(folder) / VERSIONS_FOLDER).glob("*/" + VERSION_FILE))
+    if versions:
+        raise CatalogError(
+            f"{folder} holds a catalog with {len(versions)} version(s) beside its base, which would be lost. "
+            "Write to another folder, or remove this one first."
+        )
+
+
+def _name_of(description: bytes) -> str:
+    return hashlib.sha256(description).hexdigest()[:16]

@@ -133,8 +133,13 @@ def without_places(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in _PLACES}
 
 
-def copy_tokenizer(source: str | Path, target: str | Path) -> None:
-    """Copies the tokenizer's files from a build, or from an artefact's own copy.
+def copy_tokenizer(source: str | Path, target: str | Path, catalog: str | None = None) -> None:
+    """Copies the tokenizer's files from a build, or from an artefact's own copy, without paths of this machine.
+
+    Args:
+        source: the folder of a build, or an artefact's copy.
+        target: the folder to write.
+        catalog: content hash of the catalog that it will stand beside; by default as it was.
 
     Raises:
         ArtefactError: if the source has none.
@@ -144,7 +149,13 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> None:
         raise ArtefactError(f"{source} holds no {RECORD_FILE}. Point to a folder that semantic_ids/build.py wrote.")
     record = json.loads((source / RECORD_FILE).read_text(encoding="utf-8"))
     target.mkdir(parents=True, exist_ok=True)
-    write_json(target / RECORD_FILE, {**record, "arguments": without_places(record.get("arguments", {}))})
+    record = {**record, "arguments": without_places(record.get("arguments", {}))}
+    embedded = record.get("embeddings") or {}
+    if Path(embedded.get("model") or "").expanduser().is_dir():
+        record["embeddings"] = {**embedded, "model": Path(embedded["model"]).name}
+    if catalog is not None:
+        record["catalog"] = catalog
+    write_json(target / RECORD_FILE, record)
     for part in (CODEBOOKS_FOLDER, FUSION_FOLDER, WHITENING_FOLDER):
         if (source / part).is_dir():
             shutil.copytree(source / part, target / part, dirs_exist_ok=True)

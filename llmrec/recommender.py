@@ -11,8 +11,8 @@ import torch
 
 from llmrec import __version__, artefact
 from llmrec.beam import TrieTensors
-from llmrec.catalog import Catalog
-from llmrec.catalog_versions import CatalogVersions
+from llmrec.catalog import CATALOG_FOLDER, Catalog
+from llmrec.catalog_versions import CatalogVersions, refuse_to_replace
 from llmrec.decoding import decode
 from llmrec.exceptions import ArtefactError, BackboneError, RequestError
 from llmrec.item_tokenizer import copy_tokenizer
@@ -23,7 +23,7 @@ from llmrec.vocabulary import PlainText, start_token
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SETTINGS_FILE, PROMPT_FILE, CATALOG_FOLDER = "llmrec.json", "prompt.jinja", "catalog"
+SETTINGS_FILE, PROMPT_FILE = "llmrec.json", "prompt.jinja"
 TOKENIZER_FOLDER = "item_tokenizer"
 # So many tokens, of prompts and beams, are held by one search's cache: bounds its memory.
 _CACHED_TOKENS = 32_000
@@ -133,15 +133,19 @@ class Recommender:
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the artefact folder, whole or not at all; its model also loads with plain transformers and vLLM.
 
-        The catalog becomes the base there, as it is: earlier versions of it stay where they are.
+        The catalog becomes the base there, as it is, without the versions before it.
+
+        Raises:
+            CatalogError: if an artefact lies there whose catalog has versions, which would be lost.
         """
+        refuse_to_replace(Path(folder) / CATALOG_FOLDER)
         with atomic_folder(folder) as temporary:
             self.model.save_pretrained(temporary, safe_serialization=True)
             self.tokenizer.save_pretrained(temporary)
             self.catalog.save(temporary / CATALOG_FOLDER)
             (temporary / PROMPT_FILE).write_text(self.prompt.source + "\n", encoding="utf-8")
             if self.item_tokenizer is not None:
-                copy_tokenizer(self.item_tokenizer, temporary / TOKENIZER_FOLDER)
+                copy_tokenizer(self.item_tokenizer, temporary / TOKENIZER_FOLDER, self.catalog.content_hash)
             write_json(temporary / SETTINGS_FILE, {"llmrec": __version__, **asdict(self.settings)})
             artefact.write_manifest(temporary)
 

@@ -10,6 +10,7 @@ Examples:
     python semantic_ids/assign.py --catalog run/artefact --items new.csv --title-column name --dry-run
 """
 
+import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,10 @@ class AssignArguments:
     embeddings: str | None = field(
         default=None, metadata={"help": "folder that semantic_ids/embed.py wrote for them; default: embed them now"}
     )
+    model: str | None = field(
+        default=None,
+        metadata={"help": "where the embedding model lies, if not where it was; its weights must be the same"},
+    )
     tokenizer: str | None = field(
         default=None, metadata={"help": "folder with the codebooks; default: the artefact's or the build's own"}
     )
@@ -52,9 +57,10 @@ class AssignArguments:
 def main(arguments: AssignArguments, names: ColumnArguments) -> None:
     from rich.console import Console
 
+    from llmrec.catalog import CATALOG_FOLDER
     from llmrec.catalog_versions import CatalogVersions
     from llmrec.item_tokenizer import RECORD_FILE, ItemTokenizer
-    from llmrec.recommender import CATALOG_FOLDER, TOKENIZER_FOLDER
+    from llmrec.recommender import TOKENIZER_FOLDER
     from llmrec.storage import write_json
 
     console = Console(stderr=True)
@@ -72,12 +78,20 @@ def main(arguments: AssignArguments, names: ColumnArguments) -> None:
     versions = CatalogVersions(folder / CATALOG_FOLDER if artefact else folder)
     catalog = versions.load()
     loaded = time.monotonic() - begun
+    made_for = tokenizer.record.get("catalog")
+    if made_for is not None and made_for != versions.base.content_hash:
+        raise ArtefactError(
+            f"The tokenizer's codes are of the catalog {made_for}, and {folder} began as "
+            f"{versions.base.content_hash}. Name the build that this catalog comes from with --tokenizer."
+        )
     there = set(catalog.ids)
     places = [place for place, item in enumerate(items.ids) if item not in there]
     known = len(items.ids) - len(places)
     if known:
         console.print(f"{known:,} items are in the catalog already and stay as they are.")
-    rows = [items.frame.row(place, named=True) for place in places]
+    # As build.py writes them: dates become text, and what is no number null.
+    lines = items.frame[places].write_ndjson().splitlines() if places else []
+    rows = [json.loads(line) for line in lines]
     new_ids = [items.ids[place] for place in places]
     result: dict[str, Any] = {"parent": catalog.version, "version": catalog.version, "items": len(catalog)}
     result |= {"live": catalog.num_live, "known": known, "added": 0, "dry_run": arguments.dry_run}
@@ -110,16 +124,22 @@ def _embedded(
 ) -> "npt.NDArray[np.float32]":
     """The new items' text embeddings (M, D), made as the catalog's were."""
     from llmrec.embedding import EmbeddingStore, encode_texts, resolve_model
+    from llmrec.embedding.encoder import MINILM
 
     origin = tokenizer.record.get("embeddings", {})
     if arguments.embeddings:
         store = EmbeddingStore.load(arguments.embeddings)
-        for name, what in (("model", "model"), ("weights_sha256", "weights")):
+        for name in _alike(origin):
             if store.origin.get(name) != origin.get(name):
                 raise DataError(
-                    f"The embeddings' {what} are {store.origin.get(name)!r}, the catalog was built with "
-                    f"{origin.get(name)!r}. Embed the new items with the same model."
+                    f"The embeddings' {name} is {store.origin.get(name)!r}, the catalog's {origin.get(name)!r}. "
+                    "Embed the new items as the catalog was embedded."
                 )
+        if origin.get("model") == "vector columns" and store.origin.get("like_sha256") != origin.get("blocks_sha256"):
+            raise DataError(
+                f"The vector columns in {arguments.embeddings} were not scaled like the catalog's. "
+                "Embed the new items with --like and the folder that the catalog was built from."
+            )
         return store.rows(new_ids)
     name = origin.get("model")
     if name is None or name == "static":
@@ -127,12 +147,19 @@ def _embedded(
             f"The catalog's texts were embedded with {name or 'an unknown model'!r}, which cannot embed new ones: it "
             "is fitted on the catalog itself. Build with a sentence-transformers model, or give --embeddings."
         )
-    model = resolve_model(None if name == "sentence-transformers/all-MiniLM-L6-v2" else name)
+    if name == "vector columns" or "weights_sha256" not in origin:
+        raise DataError(
+            f"The catalog was built from vectors of the user's own ({name}), which no model gives new items. "
+            "Give theirs with --embeddings."
+        )
+    model = resolve_model(arguments.model or (None if name == MINILM else name))
     if model.weights_sha256 != origin.get("weights_sha256"):
         raise ArtefactError(
             f"The weights of {model.name} have sha256 {model.weights_sha256}, the catalog was embedded with "
             f"{origin.get('weights_sha256')}. Use the same revision of the model."
         )
+    if items.text_columns is None and origin.get("text_columns") is not None:
+        items.text_columns = tuple(origin["text_columns"])
     texts = dict(zip(items.ids, items.texts(), strict=True))
     console.print(f"Embedding {len(new_ids):,} items with {model.name}", markup=False)
     settings = {key: origin[key] for key in ENCODING if key in origin}
@@ -144,6 +171,15 @@ def _embedded(
         progress=True,
         **settings,
     )
+
+
+def _alike(origin: dict[str, Any]) -> list[str]:
+    """What of two embeddings' origins has to be the same for vectors to be of one space."""
+    if origin.get("model") == "vector columns":
+        return ["model", "text"] if origin.get("text") is None else ["model"]
+    names = ["model", "weights_sha256", *ENCODING, "text_columns"]
+    # A static embedding is fitted on its texts: the same fit has embedded them all.
+    return [*names, "text_sha256", "seed"] if origin.get("model") == "static" else names
 
 
 def _show(console: "Console", report: "AssignmentReport") -> None:

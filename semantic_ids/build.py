@@ -129,8 +129,11 @@ def main(arguments: BuildArguments, names: ColumnArguments, splits: SplitArgumen
     from safetensors.numpy import save_file
 
     from llmrec import __version__
+    from llmrec.catalog import Catalog
+    from llmrec.catalog_versions import refuse_to_replace
     from llmrec.data import ITEM, Items
-    from llmrec.embedding import EmbeddingStore, Fusion
+    from llmrec.embedding import EmbeddingStore, Fusion, VectorBlocks
+    from llmrec.embedding.columns import FOLDER as BLOCKS_FOLDER
     from llmrec.embedding.store import EMBEDDINGS_FILE
     from llmrec.embedding.whitening import Whitening
     from llmrec.item_tokenizer import CODEBOOKS_FOLDER, FUSION_FOLDER, RECORD_FILE, WHITENING_FOLDER
@@ -142,6 +145,7 @@ def main(arguments: BuildArguments, names: ColumnArguments, splits: SplitArgumen
     first = os.environ.get("RANK", "0") == "0"
     console = Console(stderr=True, quiet=not first)
     begun = time.monotonic()
+    refuse_to_replace(arguments.out)
     store = EmbeddingStore.load(arguments.embeddings)
     if arguments.items:
         items = names.read_items(arguments.items)
@@ -182,14 +186,19 @@ def main(arguments: BuildArguments, names: ColumnArguments, splits: SplitArgumen
             return
         resolved = resolve_collisions(codes, vectors, quantizer, arguments.collisions)
 
+    origin = {**store.origin, "sha256": sha256_of(Path(arguments.embeddings) / EMBEDDINGS_FILE)}
+    if (Path(arguments.embeddings) / BLOCKS_FOLDER).is_dir():
+        origin["blocks_sha256"] = VectorBlocks.from_pretrained(Path(arguments.embeddings) / BLOCKS_FOLDER).sha256
     described = {
         "codebook_sizes": list(resolved.codebook_sizes),
         "collisions": resolved.report.to_dict(),
         "quantizer": arguments.quantizer,
         "split": split.content_hash if split else None,
         "protocol": dict(split.protocol) if split else None,
-        "embeddings": {**store.origin, "sha256": sha256_of(Path(arguments.embeddings) / EMBEDDINGS_FILE)},
+        "embeddings": origin,
         "arguments": asdict(arguments),
+        # Which catalog the tokenizer belongs to, for assign.py.
+        "catalog": Catalog(items.frame.to_dicts(), resolved.codes, resolved.codebook_sizes).content_hash,
         "versions": {"llmrec": __version__, "faiss": faiss.__version__, "numpy": np.__version__},
     }
     with atomic_folder(arguments.out) as folder:

@@ -150,6 +150,8 @@ def item_texts(arguments: EmbedArguments, items: "Items") -> tuple[dict[str, Any
     model = resolve_model(arguments.model)
     origin: dict[str, Any] = {"model": model.name, "weights_sha256": model.weights_sha256}
     origin["text_sha256"] = text_sha256(texts)
+    if items.text_columns is not None:
+        origin["text_columns"] = list(items.text_columns)
     if model.is_static:
         seed = arguments.seed
         return origin | {"seed": seed}, lambda path: write_matrix(path, TENSOR, static_embeddings(texts, seed=seed))

@@ -68,8 +68,13 @@ def main(arguments: ScoreArguments, names: ColumnArguments, splits: SplitArgumen
     settings = recommender.settings
     if asdict(splits) == asdict(SplitArguments()) and settings.protocol:
         splits = SplitArguments.from_protocol(settings.protocol)
-    items = Items.from_frame(pl.DataFrame({ITEM: recommender.catalog.ids}))
-    split = splits.make(names.read_interactions(arguments.interactions), items)
+    interactions = names.read_interactions(arguments.interactions)
+    ids = recommender.catalog.ids
+    # Items that came after the training have the last rows: without them, it is the table that the split was made of.
+    known = set(ids[: recommender.catalog.base_items])
+    if known.issuperset(interactions.frame[ITEM].unique().to_list()):
+        ids = ids[: recommender.catalog.base_items]
+    split = splits.make(interactions, Items.from_frame(pl.DataFrame({ITEM: ids})))
     if split.content_hash != settings.split and not arguments.any_split:
         raise DataError(
             f"The interactions have the split {split.content_hash[:12]}, the artefact was trained on "

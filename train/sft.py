@@ -102,7 +102,8 @@ def main(
     from trl import SFTTrainer
 
     import llmrec
-    from llmrec.catalog_versions import CatalogVersions
+    from llmrec.catalog import CATALOG_FOLDER
+    from llmrec.catalog_versions import CatalogVersions, refuse_to_replace
     from llmrec.data.items import Items
     from llmrec.examples import next_item_rows, training_rows
     from llmrec.prompt import Prompt
@@ -118,8 +119,15 @@ def main(
             raise DataError(f"--{name} is {getattr(data, name)}. It counts from {least}.")
     if training.max_steps <= 0 and not training.num_train_epochs > 0:
         raise DataError(f"--num_train_epochs is {training.num_train_epochs}. Train for more than none.")
+    refuse_to_replace(Path(data.artefact) / CATALOG_FOLDER)  # now, not after the training
     catalog = CatalogVersions(data.semantic_ids).load()
-    items = Items.from_frame(polars.from_dicts(catalog.items, infer_schema_length=None, strict=False))
+    try:
+        items = Items.from_frame(polars.from_dicts(catalog.items, infer_schema_length=None, strict=False))
+    except polars.exceptions.PolarsError as error:
+        raise DataError(
+            f"The items of {data.semantic_ids} are no table: a column of added items is of another kind ({error}). "
+            "Roll back, and add them with columns like the others'."
+        ) from error
     split = splits.make(names.read_interactions(data.interactions), items)
     built = json.loads((Path(data.semantic_ids) / "semantic_ids.json").read_text(encoding="utf-8"))
     if not data.any_split:

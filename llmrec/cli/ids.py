@@ -130,25 +130,29 @@ def log(catalog: CatalogFolder, as_json: AsJson = False) -> None:
     if as_json:
         console.print_json(json.dumps({"versions": versions.log(), "moves": versions.moves()}))
         return
-    table = Table()
-    for name in ("version", "parent", "made", "items", "live", "added", "retired", "restored"):
+    table = Table("", box=None, pad_edge=False)
+    for name in ("version", "made (UTC)", "items", "live", "change"):
         table.add_column(name, no_wrap=True)
-    table.add_column("note")
+    table.add_column("note", overflow="fold")
     for row in versions.log():
-        counts = (f"{row[name]:,}" for name in ("items", "live", "added"))
-        changes = (f"{len(row[name]):,}" for name in ("retired", "restored"))
-        made = (row["created"] or "")[:19].replace("T", " ")
-        name = row["version"] + (" *" if row["current"] else "")
-        table.add_row(name, row["parent"] or "", made, *counts, *changes, Text(row["note"]))
+        mark = "*" if row["current"] else ""
+        if row["damaged"]:
+            table.add_row(mark, row["version"], "", "", "", "damaged", Text(row["damaged"]))
+            continue
+        counts = {"+": row["added"], "-": len(row["retired"]), "back ": len(row["restored"])}
+        change = " ".join(f"{sign}{count:,}" for sign, count in counts.items() if count)
+        made = (row["created"] or "")[:16].replace("T", " ")
+        table.add_row(mark, row["version"], made, f"{row['items']:,}", f"{row['live']:,}", change, Text(row["note"]))
     console.print(table)
     console.print("* current")
 
 
 def _versions(folder: Path) -> "CatalogVersions":
+    from llmrec.catalog import CATALOG_FOLDER
     from llmrec.catalog_versions import CatalogVersions
 
     # An artefact keeps its catalog in a folder of its own; a built one is the catalog.
-    inside = folder / "catalog"
+    inside = folder / CATALOG_FOLDER
     return CatalogVersions(inside if inside.is_dir() else folder)
 
 
@@ -156,7 +160,9 @@ def _asked(item_ids: Sequence[str] | None, file: Path | None) -> list[str]:
     asked = list(item_ids or [])
     if file is not None:
         try:
-            asked += [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            # Only line feeds end a line: an id may hold any other separator.
+            lines = file.read_bytes().decode("utf-8-sig").split("\n")
+            asked += [line.removesuffix("\r") for line in lines if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise CatalogError(
                 f"{file} cannot be read as a list of item ids ({error}). Give one id a line."

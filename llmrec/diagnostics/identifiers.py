@@ -15,7 +15,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 
 from llmrec.artefact import MANIFEST, resolve
-from llmrec.catalog import CATALOG_FILE, Catalog
+from llmrec.catalog import CATALOG_FILE, CATALOG_FOLDER, Catalog
 from llmrec.catalog_versions import CatalogVersions
 from llmrec.exceptions import ArtefactError, DataError, LLMRecError
 from llmrec.item_tokenizer import RECORD_FILE as BUILD_FILE
@@ -24,7 +24,7 @@ from llmrec.quantization.quantizer import Quantizer
 
 Kind = Literal["artefact", "build", "catalog", "mapping"]
 
-SETTINGS_FILE, CATALOG_FOLDER, TOKENIZER_FOLDER = "llmrec.json", "catalog", "item_tokenizer"
+SETTINGS_FILE, TOKENIZER_FOLDER = "llmrec.json", "item_tokenizer"
 # Numbers that span more than this are no places in a codebook that anyone trains, but ids of some other kind.
 MOST_CODES = 1 << 20
 

@@ -11,7 +11,7 @@ from fastapi import APIRouter, FastAPI, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from llmrec.catalog import Catalog
-from llmrec.engine.plugin import LAUNCH, MAX_BEAMS
+from llmrec.engine.plugin import CATALOG_VERSION, LAUNCH, MAX_BEAMS
 from llmrec.engine.request import FAILED, SearchParameters
 from llmrec.exceptions import EngineError, RequestError
 from llmrec.recommender import PromptEncoder, check_request, load_parts
@@ -172,7 +172,7 @@ class RecommendRoutes:
 
         folder = Path(engine_client.model_config.model)
         tokenizer, catalog, prompt, settings = await asyncio.to_thread(
-            lambda: load_parts(folder, AutoTokenizer.from_pretrained(folder))
+            lambda: load_parts(folder, AutoTokenizer.from_pretrained(folder), os.environ.get(CATALOG_VERSION))
         )
         state.llmrec = Endpoint(
             engine=engine_client,

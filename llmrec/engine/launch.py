@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmrec.engine.plugin import ARCHITECTURES, LAUNCH, MAX_BEAMS
+from llmrec.catalog import CATALOG_FOLDER
+from llmrec.catalog_versions import CatalogVersions
+from llmrec.engine.plugin import ARCHITECTURES, CATALOG_VERSION, LAUNCH, MAX_BEAMS
 from llmrec.environment import DEFAULT_KV_CACHE_GIB
 from llmrec.exceptions import DependencyError, EngineError
 from llmrec.guard import guarded
@@ -87,6 +89,7 @@ def server_command(
         "VLLM_PLUGINS": "llmrec,llmrec_http",
         ARCHITECTURES: architectures[0],
         MAX_BEAMS: str(max_beams),
+        CATALOG_VERSION: CatalogVersions(artefact / CATALOG_FOLDER).current,
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",

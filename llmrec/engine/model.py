@@ -1,5 +1,6 @@
 """Pooling models around vLLM's causal language models: `LlmRec<Architecture>` for every architecture asked for."""
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from vllm.model_executor.models.registry import ModelRegistry
 
 from llmrec.beam import TrieTensors
+from llmrec.catalog import CATALOG_FOLDER
 from llmrec.catalog_versions import CatalogVersions
 from llmrec.engine.attention import refuse_unsupported, teach_beams
+from llmrec.engine.plugin import CATALOG_VERSION
 from llmrec.engine.pooler import BeamPooler
 from llmrec.exceptions import EngineError
-from llmrec.recommender import CATALOG_FOLDER
 
 PREFIX = "LlmRec"
 
@@ -64,7 +66,8 @@ def beam_model(architecture: str) -> type:
         for name, layer in layers.items():
             refuse_unsupported(name, layer)
             teach_beams(layer.impl)
-        catalog = CatalogVersions(Path(self._llmrec_config.model_config.model) / CATALOG_FOLDER).load()
+        folder = Path(self._llmrec_config.model_config.model) / CATALOG_FOLDER
+        catalog = CatalogVersions(folder).load(os.environ.get(CATALOG_VERSION))
         device = self._llmrec_config.device_config.device
         self.pooler.prepare(TrieTensors(catalog.trie, catalog.require_tokens(), device), layers)
 

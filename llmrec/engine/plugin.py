@@ -4,6 +4,8 @@ import os
 
 ARCHITECTURES = "LLMREC_ARCHITECTURES"
 MAX_BEAMS = "LLMREC_MAX_BEAMS"
+# The catalog's version, found once: both of the server's processes read it, perhaps at different times.
+CATALOG_VERSION = "LLMREC_CATALOG_VERSION"
 LAUNCH = "LLMREC_LAUNCH"
 
 
