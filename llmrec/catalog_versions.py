@@ -6,7 +6,8 @@ codes, items retired or restored. Which version is in use stands in `current.jso
 back is one small write.
 
 A version's name is a hash of its description, `version.json`, which holds its parent's name, the hash of the catalog
-that it makes (`Catalog.content_hash`) and the sha256 of its files. All of it is compared when a version is read, so that none can be changed unseen. The base's name is its content hash.
+that it makes (`Catalog.content_hash`) and the sha256 of its files. All of it is compared when a version is read: none
+can be changed unseen. The base's name is its content hash.
 """
 
 import fcntl

@@ -1,5 +1,6 @@
 """A living catalog: every change a version, nothing lost, nothing changed that was there."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -83,12 +84,30 @@ def test_a_retired_items_code_is_not_given_away(versions):
         versions.add(new_items("thief"), versions.base.codes[[3]])
 
 
-def test_restoring_all_gives_the_same_catalog_and_so_the_same_version(versions):
-    base = versions.base.version
-    versions.retire(["item-3"])
-    assert versions.restore(["item-3"]) == base == versions.current
-    assert len(versions.log()) == 2
-    assert [move["version"] == base for move in versions.moves()] == [False, True]
+def test_restoring_all_gives_the_same_catalog_under_another_name(versions):
+    base = versions.base
+    gone = versions.retire(["item-3"])
+    back = versions.restore(["item-3"])
+    assert len({base.version, gone, back}) == 3
+    assert versions.load(back).content_hash == base.content_hash
+    assert [(move["previous"], move["version"]) for move in versions.moves()] == [(base.version, gone), (gone, back)]
+
+
+def test_rollback_undoes_the_last_change_however_the_catalog_came_about(versions):
+    for change, item in (("retire", "item-1"), ("retire", "item-2"), ("restore", "item-1"), ("restore", "item-2")):
+        getattr(versions, change)([item])
+    before = versions.current
+    versions.retire(["item-2"])
+    assert versions.rollback() == before
+    assert not versions.load().retired.any()
+
+
+def test_an_item_that_was_corrected_is_the_corrected_one(versions):
+    code = free_codes(versions.base, 1)
+    versions.add([{"item_id": "new", "title": "WRONG"}], code)
+    versions.rollback()
+    versions.add([{"item_id": "new", "title": "RIGHT"}], code)
+    assert versions.load().title(40) == CatalogVersions(versions.folder).load().title(40) == "RIGHT"
 
 
 def test_rollback_goes_to_the_parent_and_back_to_any(versions):
@@ -103,10 +122,12 @@ def test_rollback_goes_to_the_parent_and_back_to_any(versions):
     assert not versions.load().candidates(range(len(versions.load())))
     assert [row["version"] for row in versions.log()] == [base, first, second]
     assert [row["current"] for row in versions.log()] == [False, False, True]
-    with pytest.raises(CatalogError, match="There is no version 'abc'"):
-        versions.rollback("abc")
-    with pytest.raises(CatalogError, match="is no version"):
-        versions.rollback("../../catalog")
+    with pytest.raises(CatalogError, match="There is no version 'abcdef0123456789'"):
+        versions.rollback("abcdef0123456789")
+    for name in ("../../catalog", "", "x" * 300, "\0", "ABCDEF0123456789"):
+        with pytest.raises(CatalogError, match="is no version"):
+            versions.rollback(name)
+        assert versions.current == second
 
 
 def test_a_branch_after_a_rollback_has_its_own_history(versions):
@@ -171,7 +192,15 @@ def test_any_walk_equals_the_same_changes_made_by_hand(data, tmp_path_factory):
         (lambda v: v.add(new_items("item-1"), free_codes(v.base, 1)), "in the catalog already, 'item-1' first"),
         (lambda v: v.add(new_items("a", "a"), free_codes(v.base, 2)), "repeat"),
         (lambda v: v.add(new_items("a", "b"), v.base.codes[[0, 1]]), "share the code"),
-        (lambda v: v.add(new_items("a"), [[4, 3, 6]]), "Codes reach"),
+        (lambda v: v.add(new_items("a"), [[4, 3, 6]]), "New codes reach"),
+        (lambda v: v.add(new_items("a"), free_codes(v.base, 1) + 2**32), "New codes reach"),
+        (lambda v: v.add(new_items("a"), free_codes(v.base, 1) + 0.9), "codes of float64"),
+        (lambda v: v.add(new_items("a", "b", "c"), free_codes(v.base, 3).T[:2]), r"in the shape \(2, 3\)"),
+        (lambda v: v.add(new_items("a", "b"), free_codes(v.base, 3)), r"in the shape \(3, 3\)"),
+        (lambda v: v.add([{"title": "nameless"}], free_codes(v.base, 1)), "has no item_id"),
+        (lambda v: v.add([{"item_id": "a", "price": float("nan")}], free_codes(v.base, 1)), "cannot be written"),
+        (lambda v: v.add([{"item_id": "a", "title": "half \ud83d"}], free_codes(v.base, 1)), "cannot be written"),
+        (lambda v: v.add([], free_codes(v.base, 0)), "No item is to be added"),
         (lambda v: v.add(new_items("a"), free_codes(v.base, 1), parent="other"), "Assign codes again"),
         (lambda v: v.retire(["nobody"]), "'nobody' first"),
         (lambda v: v.retire(v.base.ids), "Keep at least one"),
@@ -186,36 +215,98 @@ def test_a_change_that_cannot_be_made_changes_nothing(versions, change, message)
     assert not (versions.folder / "versions").exists()
 
 
-def test_altered_and_missing_files_are_named(versions):
+def test_nothing_of_a_version_can_be_changed_unseen(versions):
     name = versions.add(new_items("a"), free_codes(versions.base, 1))
     folder = versions.folder / "versions" / name
-    text = (folder / "items.jsonl").read_text()
-    (folder / "items.jsonl").write_text(text.replace("Title", "Other"))
-    with pytest.raises(ArtefactError, match=r"items\.jsonl is missing or not the file"):
-        versions.load()
-    (folder / "items.jsonl").unlink()
-    with pytest.raises(ArtefactError, match=r"items\.jsonl is missing or not the file"):
-        versions.load()
-    (folder / "items.jsonl").write_text(text)
-    described = json.loads((folder / "version.json").read_text())
-    (folder / "version.json").write_text(json.dumps(described | {"retired": ["item-2"]}))
+    for file in ("items.jsonl", "codes.safetensors"):
+        content = (folder / file).read_bytes()
+        (folder / file).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(ArtefactError, match=f"{file} is missing or not the file"):
+            CatalogVersions(versions.folder).load()
+        (folder / file).unlink()
+        with pytest.raises(ArtefactError, match=f"{file} is missing or not the file"):
+            CatalogVersions(versions.folder).load()
+        (folder / file).write_bytes(content)
+    described = (folder / "version.json").read_text()
+    for text in (described.replace('"live": 41', '"live": 7'), described + " ", "{", "[]", '{"added": 1}'):
+        (folder / "version.json").write_text(text)
+        with pytest.raises(ArtefactError, match="was altered or is no version"):
+            CatalogVersions(versions.folder).load()
+    damaged = CatalogVersions(versions.folder).log()[1]
+    assert (damaged["version"], damaged["current"]) == (name, True)
+    assert "was altered" in damaged["damaged"]
+    again = CatalogVersions(versions.folder)
+    with pytest.raises(ArtefactError, match="was altered"):
+        again.rollback()
+    assert again.rollback(again.base.version) == again.base.version == again.load().version
+    with pytest.raises(ArtefactError, match="was altered"):
+        again.rollback(name)
+    assert again.current == again.base.version
+
+
+def test_a_well_made_description_of_another_catalog_is_refused(versions):
+    name = versions.retire(["item-1"])
+    described = json.loads((versions.folder / "versions" / name / "version.json").read_text())
+    text = json.dumps(described | {"retired": ["item-2"]}).encode()
+    forged = hashlib.sha256(text).hexdigest()[:16]
+    (versions.folder / "versions" / forged).mkdir()
+    (versions.folder / "versions" / forged / "version.json").write_bytes(text)
     with pytest.raises(CatalogError, match="make the catalog"):
-        versions.load()
-    (folder / "version.json").write_text("{")
-    with pytest.raises(ArtefactError, match="is no version"):
-        versions.load()
-    assert versions.rollback(versions.base.version) == versions.base.version
-    (versions.folder / "current.json").write_text('{"version": 1}')
-    with pytest.raises(CatalogError, match="does not say which version is current"):
-        versions.load()
+        versions.rollback(forged)
+    assert versions.current == name
 
 
-def test_versions_that_name_each_other_as_parents_end(versions):
-    first = versions.add(new_items("a"), free_codes(versions.base, 1))
-    described = versions.folder / "versions" / first / "version.json"
-    described.write_text(json.dumps(json.loads(described.read_text()) | {"parent": first}))
-    with pytest.raises(CatalogError, match="their own ancestors"):
-        versions.load()
+def test_a_lost_or_torn_pointer_is_no_way_back_to_the_base(versions):
+    name = versions.retire(["item-1"])
+    pointer = versions.folder / "current.json"
+    for text in ('{"version": 1}', "[]", "{"):
+        pointer.write_text(text)
+        with pytest.raises(CatalogError, match="does not say which version is current"):
+            CatalogVersions(versions.folder).load()
+    pointer.unlink()
+    again = CatalogVersions(versions.folder)
+    for ask in (again.load, again.log, lambda: again.retire(["item-2"]), again.rollback):
+        with pytest.raises(CatalogError, match="nobody knows which is current"):
+            ask()
+    assert again.rollback(name) == again.current == name
+
+
+def test_stray_folders_are_no_versions(versions):
+    name = versions.retire(["item-1"])
+    for stray in (f"{name}-copy", "copy", f".{name}.1.tmp"):
+        shutil.copytree(versions.folder / "versions" / name, versions.folder / "versions" / stray)
+    assert [row["version"] for row in versions.log()] == [versions.base.version, name]
+
+
+@pytest.mark.parametrize("file", ["codes.safetensors", "items.jsonl", "catalog.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
+def test_a_torn_base_is_named(versions, file, content):
+    (versions.folder / file).write_bytes(content)
+    with pytest.raises(CatalogError, match=r"Restore|Build"):
+        CatalogVersions(versions.folder).load()
+
+
+def test_a_folder_that_cannot_be_written_stays_as_it_is(versions, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(catalog_versions, "atomic_folder", full)
+    with pytest.raises(CatalogError, match=r"No space left on device.*It is as it was"):
+        versions.retire(["item-1"])
+    assert CatalogVersions(versions.folder).current == versions.base.version
+
+
+def test_a_note_is_text_whatever_was_given(versions):
+    versions.retire(["item-1"], "half \ud83d <b>\0\n")
+    assert versions.log()[-1]["note"] == "half ? <b>\0\n"
+
+
+def test_what_was_loaded_is_not_read_again(versions, monkeypatch):
+    versions.retire(["item-1"])
+    first = versions.load()
+    assert versions.load() is first
+    monkeypatch.setattr(catalog_versions, "read_items", None)
+    assert versions.load(versions.add(new_items("a"), free_codes(first, 1))).ids[-1] == "a"
 
 
 def _retire(folder, item):
@@ -233,7 +324,7 @@ def test_changes_of_many_processes_are_made_one_after_another(versions):
     assert len(versions.log()) == 9
 
 
-@pytest.mark.parametrize("moment", ["write_items", "save_file", "write_json", "_point"])
+@pytest.mark.parametrize("moment", ["item_lines", "save", "write_json", "_point", "atomic_folder"])
 def test_a_killed_change_leaves_the_old_version_in_use(versions, monkeypatch, moment):
     before = versions.current
 

@@ -2,12 +2,15 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from datetime import date
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 from factories import random_recommender
 
@@ -130,10 +133,59 @@ def test_an_artefact_carries_its_tokenizer_and_recommends_new_items(data: Path, 
         (["retire", "{ids}"], "No item is named"),
         (["retire", "{ids}", "--file", "{data}/absent.txt"], "cannot be read as a list of item ids"),
         (["log", "{data}/absent"], "holds no semantic_ids.json"),
-        (["rollback", "{ids}", "--to", "abc"], "There is no version 'abc'"),
+        (["rollback", "{ids}", "--to", "abcdef0123456789"], "There is no version 'abcdef0123456789'"),
+        (["rollback", "{ids}", "--to", ""], "'' is no version of a catalog"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_two_sentences(data: Path, arguments: list[str], message: str) -> None:
     done = ids(*(part.format(ids=data / "ids", data=data) for part in arguments), ok=False)
     assert message in done.stderr.replace("\n", " ")
     assert "Traceback" not in done.stderr
+
+
+def test_embeddings_of_another_making_are_refused(data: Path, tmp_path: Path) -> None:
+    new = ["--items", data / "new.jsonl"]
+    run("semantic_ids/embed.py", *new, "--out", tmp_path / "other", "--model", "static")
+    done = ids("assign", data / "ids", *new, "--embeddings", tmp_path / "other", ok=False)
+    assert "The embeddings' text_sha256 is" in done.stderr  # a static embedding that was fitted on other texts
+    shutil.copytree(data / "ids", tmp_path / "ids")
+    record = json.loads((tmp_path / "ids/semantic_ids.json").read_text())
+    record["catalog"] = "0123456789abcdef"
+    (tmp_path / "ids/semantic_ids.json").write_text(json.dumps(record))
+    done = ids("assign", tmp_path / "ids", *new, "--embeddings", data / "embeddings", ok=False)
+    assert "The tokenizer's codes are of the catalog 0123456789abcdef" in done.stderr
+    assert CatalogVersions(data / "ids").current == CatalogVersions(data / "ids").base.version
+
+
+def test_dates_and_missing_numbers_are_taken_as_a_build_takes_them(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data / "ids", tmp_path / "ids")
+    table = pl.read_ndjson(data / "new.jsonl").with_columns(
+        released=pl.Series([date(2026, 1, 1)] * 10), price=pl.Series([float("nan")] * 10)
+    )
+    table.write_parquet(tmp_path / "new.parquet")
+    ids("assign", tmp_path / "ids", "--items", tmp_path / "new.parquet", "--embeddings", data / "embeddings")
+    item = CatalogVersions(tmp_path / "ids").load().items[-1]
+    assert item["price"] is None
+    assert str(item["released"]).startswith("2026-01-01")
+
+
+def test_a_build_does_not_delete_versions(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data / "ids", tmp_path / "ids")
+    ids("retire", tmp_path / "ids", "i1")
+    inputs = ["--items", data / "old.jsonl", "--embeddings", data / "embeddings", "--out", tmp_path / "ids"]
+    done = run("semantic_ids/build.py", *inputs, ok=False)
+    assert "version(s) beside its base, which would be lost" in done.stderr
+    assert CatalogVersions(tmp_path / "ids").load().retired.any()
+
+
+def test_ids_of_a_file_are_read_line_by_line(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data / "ids", tmp_path / "ids")
+    odd = "x\u2028y\x0bz"
+    versions = CatalogVersions(tmp_path / "ids")
+    taken = {tuple(code) for code in versions.base.codes.tolist()}
+    free = next([[a, b]] for a in range(16) for b in range(16) if (a, b) not in taken)
+    versions.add([{"item_id": odd, "title": "odd"}], np.array(free))
+    (tmp_path / "list.txt").write_bytes(f"\ufeffi6\r\n{odd}\n".encode())
+    ids("retire", tmp_path / "ids", "--file", tmp_path / "list.txt")
+    found = CatalogVersions(tmp_path / "ids").load()
+    assert [found.ids[row] for row in np.flatnonzero(found.retired)] == ["i6", odd]
