@@ -3,14 +3,18 @@
     python benchmarks/item_tokenizers.py [--data ../shared/data] [--runs runs/item_tokenizers] [--quick] [--json FILE]
 
 For every data set, tokenizer and seed the stages run as a user would run them: `semantic_ids/build.py` with the
-tokenizer's recipe, `train/sft.py` (a Llama of about a million parameters, the same passes over the same rows for all)
-and `train/score.py` (the same test cases, beams, full ranking of items). The seed is the tokenizer's and the model's.
-Then `llmrec ids report` looks each table over, before and after collisions are resolved. Text embeddings are made
-once; all tokenizers quantise the same fused vectors, except `hash`, the control, which knows the items' ids alone.
+tokenizer's recipe, `train/sft.py` (a Llama of four layers of 128, the same passes over the same histories for all) and
+`train/score.py` (the same test cases, beams, full ranking of items). The seed is the tokenizer's and the model's. Then
+`semantic_ids/report.py` looks each table over, before and after collisions are resolved. Text embeddings are made once;
+all tokenizers quantise the same fused vectors, except `hash`, the control, which knows the items' ids alone.
+
+Every level has 256 codes, FSQ's too (four steps in four dimensions; RecGPT's own levels have thousands, and made the
+model 2.5 times as large and a training four times as long). What still differs is told in the result: `opq` and `fsq`
+write four codes per item and the others three, so that their rows are longer and their models have 256 tokens more.
 
 Intervals are Student's over the seeds, which vary tokenizer and training; those of differences to `hash` are paired by
 seed. With three seeds they are wide, as they should be. What a longer training would give is not measured. Runs that
---runs already holds are not repeated, so an interrupted run goes on; remove the folder to measure again.
+--runs already holds are not repeated, so an interrupted run goes on; one that was made with other options is refused.
 
 --quick: two tokenizers, one seed, a short training on the synthetic sample; its numbers only show that all works.
 """
@@ -35,7 +39,7 @@ RECIPES = {
     "rkmeans": ["--config", str(ROOT / "semantic_ids/recipes/rkmeans_3x256.yaml")],
     "rqvae": ["--config", str(ROOT / "semantic_ids/recipes/rqvae_3x256.yaml")],
     "opq": ["--config", str(ROOT / "semantic_ids/recipes/opq_4x256.yaml")],
-    "fsq": ["--config", str(ROOT / "semantic_ids/recipes/fsq_4.yaml")],
+    "fsq": ["--config", str(ROOT / "semantic_ids/recipes/fsq_4.yaml"), "--fsq_levels", "4", "4", "4", "4"],
 }
 METRICS = ("HR@10", "NDCG@10")
 FACTS = (
@@ -134,6 +138,7 @@ def built(name: str, seed: int, folder: Path, data: list[str], embeddings: Path)
 def trained(seed: int, folder: Path, interactions: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """The test metrics of one model, and its seconds."""
     result = folder / "evaluation.json"
+    check_options(folder / "options.json", {"epochs": options.epochs, "cases": options.cases})
     if not result.is_file():
         training = ["--config", str(ROOT / "train/recipes/llama_scratch.yaml"), *interactions, "--seed", str(seed)]
         training += ["--semantic_ids", str(folder / "ids"), "--artefact", str(folder / "artefact")]
@@ -152,9 +157,18 @@ def trained(seed: int, folder: Path, interactions: list[str], options: argparse.
         "invalid_rate": own["invalid_rate"],
         "duplicate_rate": own["duplicate_rate"],
         "cost": own["cost"],
+        "parameters": own["cost"].get("parameters"),
         "cases": document["cases"],
         "split": document["split"],
     }
+
+
+def check_options(path: Path, options: dict[str, Any]) -> None:
+    """Ends if what lies in the folder was made with other options; notes these for the next time."""
+    if path.is_file() and (made := json.loads(path.read_text(encoding="utf-8"))) != options:
+        sys.exit(f"{path.parent} was made with {made}, not {options}. Remove it, or name another folder with --runs.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(options), encoding="utf-8")
 
 
 def looked_over(folder: Path, data: list[str], embeddings: Path) -> dict[str, Any]:

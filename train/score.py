@@ -69,11 +69,13 @@ def main(arguments: ScoreArguments, names: ColumnArguments, splits: SplitArgumen
     if asdict(splits) == asdict(SplitArguments()) and settings.protocol:
         splits = SplitArguments.from_protocol(settings.protocol)
     interactions = names.read_interactions(arguments.interactions)
-    ids = recommender.catalog.ids
-    # Items that came after the training have the last rows: without them, it is the table that the split was made of.
-    known = set(ids[: recommender.catalog.base_items])
-    if known.issuperset(interactions.frame[ITEM].unique().to_list()):
-        ids = ids[: recommender.catalog.base_items]
+    version, ids, base = recommender.catalog.version, recommender.catalog.ids, recommender.catalog.base_items
+    if base < len(ids) and set(ids[:base]).issuperset(interactions.frame[ITEM].unique().to_list()):
+        # Items that came after the training have the last rows. They are no part of this log, nor of its candidates.
+        ids = ids[:base]
+        kept = recommender.catalog.with_retired(range(base, len(recommender.catalog)), True)
+        parts = (recommender.model, recommender.tokenizer, kept, recommender.prompt, settings)
+        recommender = Recommender(*parts)
     split = splits.make(interactions, Items.from_frame(pl.DataFrame({ITEM: ids})))
     if split.content_hash != settings.split and not arguments.any_split:
         raise DataError(
@@ -153,7 +155,7 @@ def main(arguments: ScoreArguments, names: ColumnArguments, splits: SplitArgumen
         "invalid_rate": max(document["invalid_rate"] for document in systems.values()),
         "duplicate_rate": max(document["duplicate_rate"] for document in systems.values()),
         "artefact": arguments.artefact,
-        "catalog_version": recommender.catalog.version,
+        "catalog_version": version,
         "num_beams": num_beams,
         "seeds": seeds,
         "versions": systems["llmrec"]["versions"],

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from llmrec import Recommender
 from llmrec.backbones.causal_lm import BackboneArguments, from_scratch
+from llmrec.catalog_versions import CatalogVersions
 from llmrec.stages import stage_command
 from llmrec.vocabulary import train_tokenizer
 
@@ -86,6 +87,22 @@ def test_from_scratch_to_score(data, tmp_path, model_type, steps):
     assert refused.returncode != 0
     assert "--any_split" in refused.stderr
     assert not (tmp_path / "other.json").exists()
+    if model_type != "llama":
+        return
+    # Items that came later change nothing of what it is on the log that it was trained on.
+    versions = CatalogVersions(artefact / "catalog")
+    free = sorted(
+        {(a, b, c) for a in range(4) for b in range(4) for c in range(4)} - set(map(tuple, versions.base.codes))
+    )
+    name = versions.add([{"item_id": f"new-{n}", "title": "New"} for n in range(4)], np.array(free))
+    run("train/score.py", data, "--artefact", str(artefact), "--out", str(tmp_path / "grown.json"))
+    grown = json.loads((tmp_path / "grown.json").read_text())
+    assert (grown["split"], grown["items"], grown["catalog_version"]) == (result["split"], NUM_ITEMS, name)
+    assert grown["systems"]["llmrec"]["NDCG@10"] == result["systems"]["llmrec"]["NDCG@10"]
+    # A training that would write over these versions is refused before it begins.
+    refused = sft(data, artefact, "debug", *flags, check=False)
+    assert "1 version(s) beside its base, which would be lost" in refused.stderr
+    assert refused.returncode != 0
 
 
 def test_lora_on_a_checkpoint(data, tmp_path):
