@@ -5,8 +5,8 @@
 For every data set, tokenizer and seed the stages run as a user would run them: `semantic_ids/build.py` with the
 tokenizer's recipe, `train/sft.py` (a Llama of four layers of 128, the same passes over the same histories for all) and
 `train/score.py` (the same test cases, beams, full ranking of items). The seed is the tokenizer's and the model's. Then
-`semantic_ids/report.py` looks each table over, before and after collisions are resolved. Text embeddings are made once;
-all tokenizers quantise the same fused vectors, except `hash`, the control, which knows the items' ids alone.
+`semantic_ids/report.py` looks each table over, before and after collisions are resolved. Text embeddings are made
+once; all tokenizers quantise the same fused vectors, except `hash`, the control, which knows the items' ids alone.
 
 Every level has 256 codes, FSQ's too (four steps in four dimensions; RecGPT's own levels have thousands, and made the
 model 2.5 times as large and a training four times as long). What still differs is told in the result: `opq` and `fsq`

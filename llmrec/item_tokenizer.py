@@ -151,7 +151,7 @@ def copy_tokenizer(source: str | Path, target: str | Path, catalog: str | None =
     target.mkdir(parents=True, exist_ok=True)
     record = {**record, "arguments": without_places(record.get("arguments", {}))}
     embedded = record.get("embeddings") or {}
-    if Path(embedded.get("model") or "").expanduser().is_dir():
+    if embedded.get("model") and Path(embedded["model"]).expanduser().is_dir():
         record["embeddings"] = {**embedded, "model": Path(embedded["model"]).name}
     if catalog is not None:
         record["catalog"] = catalog

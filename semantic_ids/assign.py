@@ -42,7 +42,7 @@ class AssignArguments:
     )
     model: str | None = field(
         default=None,
-        metadata={"help": "where the embedding model lies, if not where it was; its weights must be the same"},
+        metadata={"help": "where the embedding model lies, if elsewhere than it did; its weights are compared"},
     )
     tokenizer: str | None = field(
         default=None, metadata={"help": "folder with the codebooks; default: the artefact's or the build's own"}

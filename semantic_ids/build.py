@@ -20,15 +20,18 @@ Examples:
         --items items.jsonl.gz --interactions interactions.csv.gz --out run/letter
 """
 
+import logging
+import math
 import os
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmrec.data.arguments import ColumnArguments, SplitArguments
 from llmrec.exceptions import DataError
+from llmrec.flags import check_ranges, check_read
 from llmrec.script import parser, run
 
 if TYPE_CHECKING:
@@ -37,8 +40,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from trl import TrlParser
 
-    from llmrec.data.items import Items
-    from llmrec.data.split import Split
+    from llmrec.embedding.sources import Source
     from llmrec.quantization import CollisionReport, Quantizer
 
 
@@ -83,9 +85,7 @@ class BuildArguments:
     )
     whitening: float | None = field(
         default=None,
-        metadata={
-            "help": "evens out the text's components: 0 not at all, 1 fully; default: 0 with --pca_dim, else off"
-        },
+        metadata={"help": "evens out the text's components: 0 not, 1 fully; default: 0 with --pca_dim, 0.5 if fused"},
     )
     collaborative: Literal["cooccurrence", "sasrec"] = field(
         default="cooccurrence",
@@ -121,6 +121,53 @@ class BuildArguments:
     seed: int = field(default=0, metadata={"help": "seed of k-means and of the decomposition"})
 
 
+# Who reads a flag; given where nobody does, it is refused.
+QUANTIZER, FUSION, SOURCE = "--quantizer", "--fusion", "--interactions with --collaborative"
+VECTORS = ("rkmeans", "rqvae", "rvq", "pq", "opq", "fsq", "hash")
+READERS = {
+    **dict.fromkeys(("pca_dim", "whitening", "collaborative_embeddings", "collisions"), (QUANTIZER, VECTORS)),
+    "codebook_size": (QUANTIZER, ("rkmeans", "rqvae", "rvq", "pq", "opq", "hash", "titles")),
+    "niter": (QUANTIZER, ("rkmeans", "rvq", "pq", "opq")),
+    **dict.fromkeys(("normalise_residuals", "balanced"), (QUANTIZER, ("rkmeans",))),
+    **dict.fromkeys(("epochs", "estimator"), (QUANTIZER, ("rqvae",))),
+    **{name: (QUANTIZER, (reader,)) for name, reader in (("beam", "rvq"), ("fsq_levels", "fsq"), ("ngram", "titles"))},
+    **dict.fromkeys(("alignment", "diversity"), (FUSION, ("letter",))),
+    "collaborative_weight": (FUSION, ("concat",)),
+    **dict.fromkeys(("collaborative", "collaborative_dim"), (SOURCE, ("cooccurrence", "sasrec"))),
+    **{"window": (SOURCE, ("cooccurrence",)), "sasrec_epochs": (SOURCE, ("sasrec",))},
+}
+COUNTS = ("num_levels", "codebook_size", "niter", "beam", "ngram", "epochs", "pca_dim", "collaborative_dim", "window")
+RANGES = {
+    **dict.fromkeys((*COUNTS, "sasrec_epochs", "fsq_levels"), (1, math.inf)),
+    **dict.fromkeys(("alignment", "diversity", "seed"), (0, math.inf)),
+    **dict.fromkeys(("whitening", "collaborative_weight"), (0, 1)),
+}
+
+
+def source_of(arguments: BuildArguments) -> "Source | None":
+    """Where the flags would take collaborative vectors from, whatever their weight."""
+    if arguments.quantizer == "titles":
+        return None
+    return "own" if arguments.collaborative_embeddings else arguments.collaborative if arguments.interactions else None
+
+
+def check(arguments: BuildArguments) -> None:
+    """Raises DataError for numbers out of range, and for flags that this build would not read."""
+    flags, defaults, source = asdict(arguments), asdict(BuildArguments("", "")), source_of(arguments)
+    check_ranges(flags, RANGES)
+    if arguments.fusion == "letter" and (arguments.quantizer != "rqvae" or source is None):
+        raise DataError(
+            f"--fusion letter came with --quantizer {arguments.quantizer} and collaborative vectors: {bool(source)}. "
+            "It aligns an RQ-VAE with what users do: give --quantizer rqvae and a log, or use concat."
+        )
+    check_read(flags, defaults, READERS, {QUANTIZER: arguments.quantizer, FUSION: arguments.fusion, SOURCE: source})
+    if source is None and arguments.collaborative_weight not in (0, defaults["collaborative_weight"]):
+        raise DataError(
+            f"--collaborative-weight {arguments.collaborative_weight} has nothing to weigh. Give --interactions or "
+            "--collaborative-embeddings and a quantizer of vectors, or leave it out."
+        )
+
+
 def main(arguments: BuildArguments, names: ColumnArguments, splits: SplitArguments) -> None:
     import faiss
     import numpy as np
@@ -132,10 +179,10 @@ def main(arguments: BuildArguments, names: ColumnArguments, splits: SplitArgumen
     from llmrec.catalog import Catalog
     from llmrec.catalog_versions import refuse_to_replace
     from llmrec.data import ITEM, Items
-    from llmrec.embedding import EmbeddingStore, Fusion, VectorBlocks
+    from llmrec.embedding import EmbeddingStore, Fusion, VectorBlocks, Whitening
     from llmrec.embedding.columns import FOLDER as BLOCKS_FOLDER
+    from llmrec.embedding.sources import collaborative_vectors
     from llmrec.embedding.store import EMBEDDINGS_FILE
-    from llmrec.embedding.whitening import Whitening
     from llmrec.item_tokenizer import CODEBOOKS_FOLDER, FUSION_FOLDER, RECORD_FILE, WHITENING_FOLDER
     from llmrec.quantization import resolve_collisions
     from llmrec.quantization.titles import TitleCodes, resolve_titles
@@ -145,6 +192,8 @@ def main(arguments: BuildArguments, names: ColumnArguments, splits: SplitArgumen
     first = os.environ.get("RANK", "0") == "0"
     console = Console(stderr=True, quiet=not first)
     begun = time.monotonic()
+    logging.getLogger("llmrec").setLevel(logging.INFO if first else logging.WARNING)
+    check(arguments)
     refuse_to_replace(arguments.out)
     store = EmbeddingStore.load(arguments.embeddings)
     if arguments.items:
@@ -154,26 +203,34 @@ def main(arguments: BuildArguments, names: ColumnArguments, splits: SplitArgumen
     interactions = names.read_interactions(arguments.interactions) if arguments.interactions else None
     if interactions is not None:
         items = items.with_missing(interactions)
-    if arguments.fusion == "letter" and (arguments.quantizer != "rqvae" or interactions is None):
-        raise DataError(
-            f"--fusion letter came with --quantizer {arguments.quantizer} and a log: {bool(interactions)}. "
-            "It aligns an RQ-VAE with what users do: give --quantizer rqvae and a log, or use concat."
-        )
     vectors: npt.NDArray[np.floating] = store.rows(items.ids)
     whitening, fusion, split, signals = None, None, None, None
     if arguments.pca_dim is not None or arguments.whitening is not None:
         whitening = Whitening.fit(vectors, arguments.pca_dim, arguments.whitening or 0.0)
         vectors = whitening.transform(vectors)
         console.print(f"{vectors.shape[1]} principal components, {whitening.explained:.1%} of the text's variance")
-    fused = arguments.collaborative_weight > 0 or arguments.fusion == "letter"
-    if interactions is not None and fused and arguments.quantizer != "titles":
-        split = splits.make(interactions, items)
-        signals = collaborative_signals(arguments, split, items, console)
-        if signals is not None and arguments.fusion == "concat":
-            fusion = Fusion.fit(vectors, signals, arguments.collaborative_weight)
-            vectors, signals = fusion.transform(vectors, signals), None
+    source = source_of(arguments) if arguments.collaborative_weight > 0 or arguments.fusion == "letter" else None
+    if source:
+        split = splits.make(interactions, items) if interactions is not None else None
+        signals = collaborative_vectors(
+            source,
+            items.ids,
+            split.train if split else None,
+            folder=arguments.collaborative_embeddings,
+            dim=arguments.collaborative_dim,
+            window=arguments.window,
+            epochs=arguments.sasrec_epochs,
+            seed=arguments.seed,
+            progress=first,
+        )
+    source = None if signals is None else source
+    if signals is not None and arguments.fusion == "concat":
+        # What was whitened as asked is not evened out once more.
+        fusion = Fusion.fit(vectors, signals, arguments.collaborative_weight, whitened=whitening is not None)
+        vectors, signals = fusion.transform(vectors, signals), None
 
-    console.print(f"{arguments.quantizer}, {arguments.num_levels} × {arguments.codebook_size}")
+    size = arguments.fsq_levels if arguments.quantizer == "fsq" else arguments.codebook_size
+    console.print(f"{arguments.quantizer}, {arguments.num_levels} × {size}", markup=False)
     if not first and arguments.quantizer != "rqvae":
         return
     quantizer: Quantizer | TitleCodes
@@ -193,6 +250,8 @@ def main(arguments: BuildArguments, names: ColumnArguments, splits: SplitArgumen
         "codebook_sizes": list(resolved.codebook_sizes),
         "collisions": resolved.report.to_dict(),
         "quantizer": arguments.quantizer,
+        "collaborative": source,
+        "fusion": arguments.fusion if source else None,
         "split": split.content_hash if split else None,
         "protocol": dict(split.protocol) if split else None,
         "embeddings": origin,
@@ -212,41 +271,6 @@ def main(arguments: BuildArguments, names: ColumnArguments, splits: SplitArgumen
         write_json(folder / RECORD_FILE, described)
     print_summary(console, resolved.report)
     console.print(f"{arguments.out}: {time.monotonic() - begun:.0f} s", markup=False)
-
-
-def collaborative_signals(
-    arguments: BuildArguments, split: "Split", items: "Items", console: "Console"
-) -> "npt.NDArray[np.float32] | None":
-    """Collaborative rows (N, C) of the items, zeros for those without a signal; None if no item has any."""
-    import numpy as np
-
-    from llmrec.embedding import EmbeddingStore, cooccurrence_embeddings
-
-    if arguments.collaborative_embeddings:
-        own = EmbeddingStore.load(arguments.collaborative_embeddings)
-        found = np.zeros((len(items), own.dimension), dtype=np.float32)
-        rows = {item: row for row, item in enumerate(items.ids)}
-        there = [item for item in own.item_ids if item in rows]
-        found[[rows[item] for item in there]] = own.rows(there)
-    elif arguments.collaborative == "sasrec":
-        from llmrec.embedding.sequential import sasrec_embeddings
-
-        console.print(f"SASRec on the training histories of {len(split.train):,} users")
-        dim, seed = arguments.collaborative_dim, arguments.seed
-        epochs = arguments.sasrec_epochs
-        found = sasrec_embeddings(split.train, len(items), dim, epochs=epochs, seed=seed, progress=True)
-    else:
-        console.print(f"Co-occurrence in the training histories of {len(split.train):,} users")
-        found = cooccurrence_embeddings(
-            split.train, len(items), arguments.collaborative_dim, arguments.window, arguments.seed
-        )
-    unseen = int((~found.any(axis=1)).sum())
-    if unseen == len(items):
-        console.print("No item has a collaborative signal: all are placed by their text alone")
-        return None
-    if unseen:
-        console.print(f"{unseen:,} items have no collaborative signal and are placed by their text alone")
-    return found
 
 
 def quantised(
@@ -272,7 +296,7 @@ def quantised(
 
         # Beside the result, which appears whole or not at all; a run that was killed goes on from here.
         checkpoints = Path(f"{arguments.out.rstrip('/')}.checkpoints")
-        learnt = {"estimator": arguments.estimator, "epochs": arguments.epochs, "seed": seed}
+        learnt: dict[str, Any] = {"estimator": arguments.estimator, "epochs": arguments.epochs, "seed": seed}
         if signals is not None:
             learnt |= {"alignment": arguments.alignment, "diversity": arguments.diversity}
             # The diversity loss moves codes by its gradient.

@@ -66,7 +66,10 @@ class EmbedArguments:
     seed: int = field(default=0, metadata={"help": "seed of the static embedding"})
     vectors: str | None = field(
         default=None,
-        metadata={"help": "your own vectors, .npy or .safetensors, a row per item in the table's order; no text then"},
+        metadata={
+            "help": "your own vectors, .npy or .safetensors, instead of text: a row per item in the table's order, "
+            "or as --vector_ids says"
+        },
     )
     vector_ids: str | None = field(
         default=None, metadata={"help": "the item id of each row of --vectors: a .json list, or one id a line"}
@@ -126,12 +129,25 @@ def check(arguments: EmbedArguments) -> None:
         raise DataError("--vectors and --vector-columns exclude each other. Put the file's rows into a column.")
     if arguments.vector_ids and not arguments.vectors:
         raise DataError("--vector-ids names the rows of --vectors, which is not given. Give both or none.")
+    if arguments.max_tokens < 0:
+        raise DataError(f"--max-tokens is {arguments.max_tokens}. Give at least 1, or 0 for the model's own limit.")
     for name in ("vector_weights", "with_text", "like"):
         if getattr(arguments, name) and not arguments.vector_columns:
             flag = name.replace("_", "-")
             raise DataError(f"--{flag} belongs to --vector-columns, which is not given. Name the columns too.")
     if arguments.like and arguments.vector_weights:
         raise DataError("--like takes the older result's weights, and --vector-weights gives others. Choose one.")
+    names = [*(arguments.vector_columns or []), *([TEXT] if arguments.with_text else [])]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(
+                f"--vector-columns names {name!r} twice. Name each column once; --vector-weights makes one count more."
+            )
+    if arguments.vector_weights and len(arguments.vector_weights) != len(names):
+        raise DataError(
+            f"--vector-weights gives {len(arguments.vector_weights)} for {len(names)} block(s), {', '.join(names)}. "
+            "Give one weight per block, in their order."
+        )
 
 
 def work_folder(arguments: EmbedArguments) -> Path:
@@ -149,6 +165,8 @@ def item_texts(arguments: EmbedArguments, items: "Items") -> tuple[dict[str, Any
     texts = items.texts()
     model = resolve_model(arguments.model)
     origin: dict[str, Any] = {"model": model.name, "weights_sha256": model.weights_sha256}
+    if model.config_sha256 is not None:
+        origin["config_sha256"] = model.config_sha256
     origin["text_sha256"] = text_sha256(texts)
     if items.text_columns is not None:
         origin["text_columns"] = list(items.text_columns)
@@ -188,6 +206,13 @@ def own_file(arguments: EmbedArguments, file: str, items: "Items") -> tuple[dict
     from llmrec.embedding.matrix import write_matrix
     from llmrec.embedding.store import TENSOR, read_item_ids
 
+    if not arguments.vector_ids and (items.dropped or items.appended):
+        # The file's rows are the raw table's, which are not those of the items any more.
+        raise DataError(
+            f"The items are not the table's rows: {sum(items.dropped.values()):,} row(s) were left out and "
+            f"{items.appended:,} item(s) of the interactions were added. "
+            "Say with --vector-ids which item each row of --vectors belongs to."
+        )
     ids = read_item_ids(arguments.vector_ids) if arguments.vector_ids else items.ids
     store = EmbeddingStore.from_file(file, ids).aligned(items.ids)
     return store.origin, lambda path: write_matrix(path, TENSOR, store.embeddings)
@@ -204,7 +229,8 @@ def own_columns(arguments: EmbedArguments, columns: list[str], items: "Items") -
     vectors = {name: column_vectors(items.frame, name, items.ids, widths.get(name)) for name in columns}
     origin: dict[str, Any] = {
         "model": "vector columns",
-        "columns_sha256": {name: matrix_sha256(block) for name, block in vectors.items()},
+        # A list, because their order is that of the blocks.
+        "columns_sha256": [[name, matrix_sha256(block)] for name, block in vectors.items()],
         "weights": fitted.weights if fitted else arguments.vector_weights,
         "like_sha256": fitted.sha256 if fitted else None,
     }

@@ -12,6 +12,7 @@ Examples:
         --against run/semantic_ids other_tokens.json.gz --html report.html
 """
 
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,9 @@ def main(arguments: ReportArguments, names: ColumnArguments, splits: SplitArgume
 
     if arguments.seed < 0:
         raise DataError(f"--seed is {arguments.seed}, but a seed is not negative. Give 0 or more.")
+    for flag, file in (("--json", arguments.json), ("--html", arguments.html)):
+        if file:
+            check_writable(flag, file)
     console = Console(stderr=True)
     ids = SemanticIDs.read(arguments.ids)
     others = [(name, SemanticIDs.read(name)) for name in arguments.against or ()]
@@ -108,6 +112,21 @@ def main(arguments: ReportArguments, names: ColumnArguments, splits: SplitArgume
             console.print(file, markup=False, highlight=False, soft_wrap=True)
 
 
+def check_writable(flag: str, file: str) -> None:
+    """Raises DataError if no file can be written there: before the work, not after it. Makes no folder."""
+    from llmrec.exceptions import DataError
+
+    try:
+        if Path(file).is_dir():
+            raise DataError(f"{flag} {file} is a folder. Give the path of a file, such as {Path(file) / 'report'}.")
+        folder = next(folder for folder in Path(file).absolute().parents if folder.exists())
+        # Tried, because permissions alone do not say it of a file system that is read only.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DataError(f"{flag} {file} cannot be written ({error.strerror}). Give a place that can.") from error
+
+
 def table_of(ids: "SemanticIDs", path: str | None, names: ColumnArguments) -> "Items":
     """The table of items that was asked for; else what came with the IDs, in their order, as a build split it."""
     import polars as pl
@@ -136,7 +155,13 @@ def why_not_restored(ids: "SemanticIDs", embeddings: str, split: "Split | None")
             "keep them is not said. Give the folder that build.py was given."
         )
     if not (ids.folder / "fusion").is_dir():
-        return None
+        return None  # from the text alone; so are LETTER's codes, which the log only draws together
+    if _signal(ids) != "cooccurrence":
+        return (
+            "What these codes know of the log did not come from its co-occurrence (but from a SASRec, or vectors of "
+            "the user's own), and is not made again here. Read the error that build.py measured: "
+            "collisions.distortion_before in semantic_ids.json."
+        )
     if split is None:
         return (
             "These codes were made from text and co-occurrence, so how well they keep them is not said from text "
@@ -148,14 +173,16 @@ def why_not_restored(ids: "SemanticIDs", embeddings: str, split: "Split | None")
             f"{split.content_hash[:12]}, so how well they keep its co-occurrence is not said. Give the interactions, "
             "items and split flags that build.py was given."
         )
-    built = ids.origin.get("arguments", {})
-    if built.get("collaborative_embeddings") or built.get("collaborative", "cooccurrence") != "cooccurrence":
-        return (
-            "What these codes know of the log did not come from its co-occurrence (but from a SASRec, or vectors of "
-            "the user's own), and is not made again here. Read the error that build.py measured: "
-            "collisions.distortion_before in semantic_ids.json."
-        )
     return None
+
+
+def _signal(ids: "SemanticIDs") -> str | None:
+    """Where the collaborative block came from, as the record says; of a record before it did, as the arguments say."""
+    if "collaborative" in ids.origin:
+        signal: str | None = ids.origin["collaborative"]
+        return signal
+    built = ids.origin.get("arguments", {})
+    return "own" if built.get("collaborative_embeddings") else built.get("collaborative", "cooccurrence")
 
 
 def restored(

@@ -92,7 +92,9 @@ def test_a_copy_tells_no_paths_and_takes_all_parts(tmp_path):
     places = {"out": "/somewhere/ids", "embeddings": "/somewhere/e", "items": "i", "interactions": "x", "seed": 4}
     whitening = Whitening.fit(TEXT, 6, 1.0)
     quantizer = ResidualKMeans(2, 8, niter=4).fit(whitening.transform(TEXT))
-    source = written(tmp_path / "source", quantizer, whitening, arguments=places)
+    (tmp_path / "home/secret/minilm").mkdir(parents=True)
+    embedded = {"model": str(tmp_path / "home/secret/minilm"), "weights_sha256": "ab"}
+    source = written(tmp_path / "source", quantizer, whitening, arguments=places, embeddings=embedded)
     (source / "other.txt").write_text("not the tokenizer's")
     copy_tokenizer(source, tmp_path / "copy")
     files = sorted(file.relative_to(tmp_path / "copy").as_posix() for file in (tmp_path / "copy").rglob("*.*"))
@@ -104,6 +106,8 @@ def test_a_copy_tells_no_paths_and_takes_all_parts(tmp_path):
         "whitening/whitening.safetensors",
     ]
     assert ItemTokenizer.load(tmp_path / "copy").record["arguments"] == {"seed": 4}
+    assert ItemTokenizer.load(tmp_path / "copy").record["embeddings"] == {"model": "minilm", "weights_sha256": "ab"}
+    assert str(tmp_path) not in "".join(file.read_text() for file in (tmp_path / "copy").rglob("*.json"))
     assert (ItemTokenizer.load(tmp_path / "copy").vectors(TEXT) == whitening.transform(TEXT)).all()
 
 

@@ -14,7 +14,7 @@ from llmrec import Recommender
 from llmrec.beam import TrieTensors
 from llmrec.catalog_versions import CatalogVersions
 from llmrec.decoding import score_catalog
-from llmrec.exceptions import ArtefactError, BackboneError, LLMRecError, RequestError, UnknownItemError
+from llmrec.exceptions import ArtefactError, BackboneError, CatalogError, LLMRecError, RequestError, UnknownItemError
 from llmrec.prompt import Prompt
 from llmrec.recommender import Settings
 
@@ -242,5 +242,9 @@ def test_an_artefact_is_used_with_its_current_catalog_or_one_that_is_named(tmp_p
     before = Recommender.from_pretrained(tmp_path / "artefact", catalog_version=base)
     assert "item-1" in ids(before.recommend(["item-3"], k=39, num_beams=40))
     now.save_pretrained(tmp_path / "flat")
-    assert CatalogVersions(tmp_path / "flat/catalog").base.version == name
+    assert CatalogVersions(tmp_path / "flat/catalog").base.version == now.catalog.content_hash
+    assert CatalogVersions(tmp_path / "flat/catalog").base.retired.tolist() == now.catalog.retired.tolist()
     assert not (tmp_path / "flat/catalog/versions").exists()
+    with pytest.raises(CatalogError, match=r"1 version\(s\) beside its base, which would be lost"):
+        now.save_pretrained(tmp_path / "artefact")
+    assert CatalogVersions(tmp_path / "artefact/catalog").current == name

@@ -1,7 +1,9 @@
-"""Ceiling: what a perfect model could still reach through a tokenizer.
+"""Ceiling: what a tokenizer leaves to a perfect model, and what a beam search through it keeps of a reference.
 
 Two things stand between a perfect model of the next item and a perfect list: items that share an ID cannot be told
-apart, and a beam search loses an item whose prefix is not among the best, however probable the item itself is.
+apart, and a beam search loses an item whose prefix is not among the best, however probable the item itself is. The
+first is a bound on every model. How much the second costs depends on the model: the surer it is, the fewer beams it
+takes, so that what is measured of one reference bounds no other.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,15 +27,22 @@ Score = Callable[[Sequence[Rows]], npt.NDArray[np.floating[Any]]]
 _QUANTUM = 2.0**-50
 
 
-def collision_ceiling(codes: npt.NDArray[np.integer], targets: npt.ArrayLike, ks: Sequence[int]) -> dict[str, float]:
+def collision_ceiling(
+    codes: npt.NDArray[np.integer],
+    targets: npt.ArrayLike,
+    ks: Sequence[int],
+    histories: Sequence[Rows] | None = None,
+) -> dict[str, float]:
     """What a model reaches that ranks the target's ID first, always, and cannot tell the items of one ID apart.
 
-    With g items on the target's ID, in random order, the target is at each of the places 0..g-1 with chance 1/g.
+    With g candidates on the target's ID, in random order, the target is at each of the places 0..g-1 with chance 1/g.
 
     Args:
         codes: (N, L).
         targets: (C,) item rows; those of a test, or all items for a catalog whose items are equally likely.
         ks: cut-offs.
+        histories: C arrays of item rows that are no candidates, as where an evaluation leaves out what a user had;
+            the target always is one. None: every item is a candidate.
 
     Returns:
         For each k "HR@k", the mean over targets of min(k, g) / g, and "NDCG@k", that of the expected gain
@@ -41,7 +50,8 @@ def collision_ceiling(codes: npt.NDArray[np.integer], targets: npt.ArrayLike, ks
 
     Raises:
         TokenizerError: if the codes are no (N, L) whole numbers of 0 and more.
-        DataError: if there are no targets, one is outside the N items, or a k is below 1.
+        DataError: if there are no targets, a row is outside the N items, there are not as many histories as targets,
+            or a k is below 1.
 
     >>> found = collision_ceiling(np.array([[3], [3], [4]]), targets=[0, 2], ks=[1, 10])
     >>> found["HR@1"], found["HR@10"], round(found["NDCG@10"], 4)  # (1/2 + 1) / 2; 1; ((1 + 0.6309) / 2 + 1) / 2
@@ -55,6 +65,14 @@ def collision_ceiling(codes: npt.NDArray[np.integer], targets: npt.ArrayLike, ks
             "these codes."
         )
     others = np.bincount(group)[group[wanted]] - 1
+    if histories is not None:
+        if len(histories) != len(wanted):
+            raise DataError(f"{len(histories)} histories do not fit {len(wanted)} targets. Give one per target.")
+        flat, case = _inside(histories, len(group))
+        known = (group[flat] == group[wanted[case]]) & (flat != wanted[case])
+        # A history may hold an item twice.
+        distinct = np.unique(case[known] * len(group) + flat[known])
+        others -= np.bincount(distinct // len(group), minlength=len(wanted))
     ranks = Ranks(np.zeros_like(others), others)
     names: tuple[Metric, ...] = ("HR", "NDCG")
     return {f"{name}@{k}": float(values(ranks, name, k).mean()) for k in ks for name in names}
@@ -72,13 +90,15 @@ def beam_recall(
 ) -> dict[str, Any]:
     """How much of a reference recommender's best k a beam search over these codes would find.
 
-    The reference stands for a model that has learnt p(item | history) perfectly. Its scores become probabilities by
-    division by their sum, or by a softmax; `smoothing` of the mass is then spread evenly over the candidates, for no
-    model puts nothing on an item. A prefix has the probability of the items below it. The beam search starts at the
-    root, extends its prefixes by every code that some item has there, and keeps the W most probable at each level, of
-    equally probable ones the lexicographically lowest. Its final list is all items of the W IDs that are left. Looked
-    for are the k most probable items, ties by lowest row, without those that the reference gives no score: their
-    order would be made up.
+    The reference stands for a model that has learnt the reference's p(item | history), no more and no less: of a
+    sharper p the same beams keep more (scores to the power of 2 or 4 show how much), of a flatter one less. The figure
+    is good for widths and for tokenizers beside each other, random codes among them, and is no bound on a model. Its
+    scores become probabilities by division by their sum, or by a softmax; `smoothing` of the mass is then spread
+    evenly over the candidates, for no model puts nothing on an item. A prefix has the probability of the items below
+    it. The beam search starts at the root, extends its prefixes by every code that some item has there, and keeps the
+    W most probable at each level, of equally probable ones the lexicographically lowest. Its final list is all items
+    of the W IDs that are left. Looked for are the k most probable items, ties by lowest row, without those that the
+    reference gives no score: their order would be made up.
 
     Probabilities are rounded to multiples of 2^-50. The cost is that of B · N scores and sums, in batches that hold
     some hundred million bytes each, and of B · W · K candidates per level and width.
@@ -203,12 +223,7 @@ def _scores(
     score: Score, batch: Sequence[Rows], items: int, exclude: bool
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
     """Scores (B, N) and which items are candidates."""
-    flat, owner = flattened(batch)
-    if len(flat) and (flat.min() < 0 or flat.max() >= items):
-        raise DataError(
-            f"Histories name item rows {flat.min()}..{flat.max()}, there are codes of {items} items. "
-            "Give rows of these codes."
-        )
+    flat, owner = _inside(batch, items)
     scores = np.asarray(score(batch), dtype=np.float64)
     if scores.shape != (len(batch), items) or not np.isfinite(scores).all():
         raise DataError(
@@ -219,6 +234,17 @@ def _scores(
     if exclude:
         candidates[owner, flat] = False
     return scores, candidates
+
+
+def _inside(histories: Sequence[Rows], items: int) -> tuple[Places, Places]:
+    """The rows of all histories, and whose they are."""
+    flat, owner = flattened(histories)
+    if len(flat) and (flat.min() < 0 or flat.max() >= items):
+        raise DataError(
+            f"Histories name item rows {flat.min()}..{flat.max()}, there are codes of {items} items. "
+            "Give rows of these codes."
+        )
+    return flat, owner
 
 
 def _probabilities(

@@ -28,7 +28,8 @@ SETTINGS_FILE, TOKENIZER_FOLDER = "llmrec.json", "item_tokenizer"
 # Numbers that span more than this are no places in a codebook that anyone trains, but ids of some other kind.
 MOST_CODES = 1 << 20
 
-_NUMBER = re.compile(r"([0-9]+)[^0-9]*$")
+# Matched from the end, backwards: looked for from the start, it takes quadratic time on many digits.
+_NUMBER = re.compile(r"[^0-9]*([0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,13 @@ class SemanticIDs:
         item_ids: N item ids, unique; the place in this list is the item's row.
         codes: (N, L) int32; two items may share a code.
         codebook_sizes: K_l of every level.
-        titles: N titles; an item's id where there is none.
+        titles: N titles; an item's id where there is none. Half characters, which are no text, become "?".
         kind: where they were read from: "artefact", "build", "catalog" or "mapping".
         source: the path or Hub id, as given.
         codebook_sizes_known: False if the sizes were inferred from the codes that occur.
         quantised_levels: the levels that a quantizer gave, without an appended digit; by default all.
-        origin: "quantizer", "collisions", "split", "embeddings", "arguments", as far as the build's record is there.
+        origin: "quantizer", "collisions", "split", "protocol", "embeddings", "arguments", as far as the build's record
+            is there, and "collaborative", which is None where the record says that there is no such signal.
         folder: of the build, or of an artefact's copy of it, with `codebooks/` and perhaps `fusion/` and `whitening/`;
             None elsewhere.
     """
@@ -61,7 +63,7 @@ class SemanticIDs:
     folder: Path | None = None
 
     def __post_init__(self) -> None:
-        """Raises DataError if there are no items, or ids, codes, sizes and titles do not fit together."""
+        """Raises DataError if there are no items, an id is no text, or ids, codes, sizes and titles do not fit."""
         codes = np.ascontiguousarray(self.codes, dtype=np.int32)
         object.__setattr__(self, "codes", codes)
         count = len(self.item_ids)
@@ -75,6 +77,14 @@ class SemanticIDs:
                 f"{count} item ids, {len(set(self.item_ids))} of them different, do not belong to "
                 f"{len(self.titles)} titles. Give every item once, with one title."
             )
+        for item in self.item_ids:
+            if not _is_text(item):
+                raise DataError(
+                    f"The item id {_short(item)} holds half of a character (a lone surrogate), which is no text. "
+                    "Write the ids again as whole characters, in UTF-8."
+                )
+        titles = [title if _is_text(title) else title.encode("utf-8", "replace").decode() for title in self.titles]
+        object.__setattr__(self, "titles", titles)
         if codes.min() < 0 or (codes.max(axis=0) >= self.codebook_sizes).any():
             raise DataError(
                 f"Codes reach from {codes.min(axis=0).tolist()} to {codes.max(axis=0).tolist()}, the codebooks have "
@@ -236,7 +246,9 @@ class SemanticIDs:
 
 def _origin(record: Mapping[str, Any]) -> dict[str, Any]:
     kept = ("quantizer", "collisions", "split", "protocol", "embeddings", "arguments")
-    return {name: record[name] for name in kept if record.get(name) is not None}
+    found = {name: record[name] for name in kept if record.get(name) is not None}
+    # Here null is told apart from nothing: it says that the codes come from the text alone.
+    return found | {name: record[name] for name in ("collaborative",) if name in record}
 
 
 def _quantised_levels(levels: int, origin: Mapping[str, Any]) -> int:
@@ -275,9 +287,9 @@ def _numbered(tokens: list[str | int]) -> tuple[npt.NDArray[np.int32], int]:
 def _number(token: str | int) -> int | None:
     if isinstance(token, int):
         return token
-    found = _NUMBER.search(token)
+    found = _NUMBER.match(token[::-1])
     # Python refuses to read numbers of thousands of digits, and none is a code.
-    return int(found[1]) if found and len(found[1]) <= 18 else None
+    return int(found[1][::-1]) if found and len(found[1]) <= 18 else None
 
 
 def _whole(folder: Path, load: Callable[[], Catalog]) -> Catalog:
@@ -324,6 +336,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise DataError(f"Item {_short(twice)} stands there twice. Keep one list of tokens for every item.")
     return found
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _short(value: Any) -> str:

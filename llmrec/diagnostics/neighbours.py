@@ -3,7 +3,9 @@
 What "together" means is the caller's: items that one user takes shortly after another, or items of similar text.
 """
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -76,10 +78,11 @@ def nearest_texts(
     """For items the k others with the highest cosine.
 
     The cosines are those of float64, compared to 12 decimals; ties go to the lowest row, and an item is not its own
-    neighbour. Faiss searches all items in float32 block by block; where its rounding could have hidden a neighbour,
-    it searches again for more, and the candidates are measured in float64. Vectors of 0 have no cosine: such items
-    have no neighbours, and are nobody's. A float32 copy of the vectors is held. The cost is that of M · N · D
-    products, and a few times more for items that have more than k + 21 equally near neighbours.
+    neighbour. Faiss searches the distinct vectors in float32 block by block; where its rounding could have hidden a
+    neighbour, it searches again for more, the candidates are measured in float64, and each stands for all items that
+    have it. Vectors of 0 have no cosine: such items have no neighbours, and are nobody's. A float32 copy of the
+    distinct vectors is held. The cost is that of M · N · D products, and a few times more for items that have more
+    than k + 22 different vectors equally near.
 
     Args:
         vectors: (N, D), such as embeddings of the items' texts.
@@ -100,19 +103,18 @@ def nearest_texts(
         raise DataError(f"A sample of {sample} items asks about nothing. Give 1 or more, or None for all.")
     matrix = check_matrix(vectors)
     rows = sampled_rows(len(matrix), len(matrix) if sample is None else sample, seed)
-    norms = np.empty(len(matrix))
-    unit = np.empty(matrix.shape, dtype=np.float32)
-    for block in chunks(len(matrix)):
-        wide = np.asarray(matrix[block], dtype=np.float64)
-        norms[block] = np.linalg.norm(wide, axis=1)
-        unit[block] = wide / np.where(norms[block] > 0, norms[block], 1)[:, None]
-    known = np.flatnonzero(norms > 0)
+    catalog = _Distinct.of(matrix)
     found = np.full((len(rows), k), -1, dtype=np.int64)
-    asked = np.flatnonzero(norms[rows] > 0)
-    if len(known) < len(matrix):
-        unit = unit[known]
-    for block in chunks(len(asked), _QUERIES):
-        found[asked[block]] = _nearest(matrix, norms, unit, known, rows[asked[block]], k)
+    asked = np.flatnonzero(catalog.place[rows] >= 0)
+    queries, query = np.unique(catalog.place[rows[asked]], return_inverse=True)
+    for block in chunks(len(queries), _QUERIES):
+        near = _nearest(catalog, queries[block], k + 1)
+        here = (query >= block.start) & (query < block.stop)
+        mine = near[query[here] - block.start]
+        # An item's own row is left out, or else the last one: equal items come by row, and it may be beyond them.
+        own = mine == rows[asked[here]][:, None]
+        own[~own.any(axis=1), -1] = True
+        found[asked[here]] = mine[~own].reshape(-1, k)
     return rows, found
 
 
@@ -133,10 +135,15 @@ def neighbour_purity(
         "lift", purity / chance, None if that is 0; "pairs", their number; "interval95" of the purity, [low, high].
         All but "prefix" and "pairs" are None if there are no pairs.
 
-        The interval takes the M items with their pairs as a random sample, and so pairs of one item as a cluster: the
-        ratio of two sums over items with its linearised standard error (Cochran 1977, "Sampling Techniques", 6.3) and
-        the normal distribution, kept within 0 and 1. It is None for one item, and has no width where no pair or every
-        pair agrees.
+        The interval is of the normal distribution, kept within 0 and 1, and its variance allows for pairs that have an
+        item in common, be it as owner or as neighbour, to agree alike: the sum of the products of their deviations
+        over all such pairs of pairs (Fafchamps, Gubert 2007; Aronow, Samii, Assenova 2015, "Cluster-Robust Variance
+        Estimation for Dyadic Data"). Of two nearest items each is often the other's neighbour, which says one thing
+        twice; clusters of owners, or of owners and of neighbours apart, would count it as two. The variance is at
+        least those of owners as clusters (Cochran 1977, "Sampling Techniques", 6.3) and of pairs of the same two
+        items. The interval is None for one item, and has no width where no pair or every pair agrees. For random codes
+        and the graph of the nearest among random points it was measured to hold the expected purity in 92 to 97 % of
+        draws.
 
     Raises:
         TokenizerError: if the codes are no (N, L) whole numbers of 0 and more.
@@ -162,17 +169,18 @@ def neighbour_purity(
     with_pairs = np.flatnonzero(pairs)
     asked, found, pairs = asked[with_pairs], found[with_pairs], pairs[with_pairs]
     total = int(pairs.sum())
+    ends = _Ends.of(asked, found, items)
     result: list[dict[str, Any]] = []
     for prefix, group in enumerate(numbered, start=1):
         row: dict[str, Any] = {"prefix": prefix, "purity": None, "chance": None, "lift": None, "pairs": total}
         row["interval95"] = None
         if total:
-            same = ((group[found] == group[asked][:, None]) & (found >= 0)).sum(axis=1)
+            same = group[ends.owner] == group[ends.neighbour]
             purity = int(same.sum()) / total
             others = np.bincount(group)[group[asked]] - 1
             chance = int(pairs @ others) / (total * (items - 1))
             row |= {"purity": purity, "chance": chance, "lift": purity / chance if chance else None}
-            row["interval95"] = _interval(same, pairs)
+            row["interval95"] = _interval(same, ends, len(asked))
         result.append(row)
     return result
 
@@ -192,60 +200,143 @@ def leading(owner: Rows, scores: npt.NDArray[np.float64], most: int) -> tuple[Ro
     return order[kept], rank[kept]
 
 
-def _nearest(
-    matrix: npt.NDArray[np.floating],
-    norms: npt.NDArray[np.float64],
-    unit: npt.NDArray[np.float32],
-    known: Rows,
-    queries: Rows,
-    k: int,
-) -> Rows:
-    """(m, k) neighbours of the queries, all of them `known` rows, to which `unit` belongs."""
+@dataclass(frozen=True)
+class _Distinct:
+    """The different vectors among N, without those of 0, by their first rows.
+
+    Attributes:
+        matrix: (N, D) as given.
+        place: (N,) which of the V different vectors a row has, -1 for a vector of 0.
+        first: (V,) the lowest row that has it, ascending.
+        norms: (V,) float64.
+        unit: (V, D) float32, of length 1.
+        members: rows by vector, ascending in each.
+        begins: (V + 1,) where a vector's rows begin in `members`.
+    """
+
+    matrix: npt.NDArray[np.floating]
+    place: Rows
+    first: Rows
+    norms: npt.NDArray[np.float64]
+    unit: npt.NDArray[np.float32]
+    members: Rows
+    begins: Rows
+
+    @classmethod
+    def of(cls, matrix: npt.NDArray[np.floating]) -> "_Distinct":
+        # By a digest of their bytes: to sort whole rows would hold all of a memory map, twice.
+        digests = np.empty((len(matrix), 2), dtype=np.uint64)
+        zero = np.empty(len(matrix), dtype=np.bool_)
+        for block in chunks(len(matrix)):
+            rows = np.ascontiguousarray(matrix[block]) + matrix.dtype.type(0)  # -0.0 becomes 0.0
+            zero[block] = ~rows.any(axis=1)
+            bytes_ = b"".join(hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows)
+            digests[block] = np.frombuffer(bytes_, dtype=np.uint64).reshape(-1, 2)
+        known = np.flatnonzero(~zero)
+        order = np.lexsort((known, digests[known, 1], digests[known, 0]))
+        new = np.ones(len(known), dtype=np.bool_)
+        new[1:] = (digests[known[order[1:]]] != digests[known[order[:-1]]]).any(axis=1)
+        number = np.empty(len(known), dtype=np.int64)
+        number[order] = np.cumsum(new) - 1
+        lowest = known[order[new]]
+        by_row = np.argsort(lowest)
+        rank = np.empty(len(lowest), dtype=np.int64)
+        rank[by_row] = np.arange(len(lowest))
+        place = np.full(len(matrix), -1, dtype=np.int64)
+        place[known] = rank[number]
+        first = lowest[by_row]
+        norms = np.empty(len(first))
+        unit = np.empty((len(first), matrix.shape[1]), dtype=np.float32)
+        for block in chunks(len(first)):
+            wide = np.asarray(matrix[first[block]], dtype=np.float64)
+            norms[block] = np.linalg.norm(wide, axis=1)
+            unit[block] = wide / norms[block][:, None]
+        members = known[np.argsort(place[known], kind="stable")]
+        begins = np.concatenate([[0], np.cumsum(np.bincount(place[known], minlength=len(first)))])
+        return cls(matrix, place, first, norms, unit, members, begins)
+
+    def expanded(self, chosen: Rows, most: int) -> tuple[Rows, npt.NDArray[np.bool_]]:
+        """The first `most` rows (m, c, most) of each of the vectors (m, c), and which of them there are."""
+        rank = self.begins[chosen][..., None] + np.arange(most)
+        there = rank < self.begins[chosen + 1][..., None]
+        return self.members[np.where(there, rank, 0)], there
+
+
+def _nearest(catalog: _Distinct, queries: Rows, k: int) -> Rows:
+    """(m, k) the nearest rows to each of the vectors `queries`, its own among them; -1 where there are no more."""
     import faiss
 
+    matrix, norms, unit = catalog.matrix, catalog.norms, catalog.unit
     found = np.full((len(queries), k), -1, dtype=np.int64)
     # A product of D terms in float32, of numbers that were rounded to it, is off by less (Higham 2002, section 3.1).
     error = (matrix.shape[1] + 4) * ROUND32 * 1.01 + 10.0**-_DECIMALS
     open_, depth = np.arange(len(queries)), k + _SPARE
     while len(open_):
-        depth = min(depth, len(known))
+        depth = min(depth, len(unit))
         again = []
         # At each depth only so many queries together as their candidates fit.
         for part in chunks(len(open_), max(1, _NUMBERS // (depth * matrix.shape[1]))):
             asked = open_[part]
-            rows = queries[asked]
-            similar, places = faiss.knn(unit[np.searchsorted(known, rows)], unit, depth, faiss.METRIC_INNER_PRODUCT)
-            candidates = known[places]
+            similar, candidates = faiss.knn(unit[queries[asked]], unit, depth, faiss.METRIC_INNER_PRODUCT)
             candidates.sort(axis=1)
-            wide = np.asarray(matrix[rows], dtype=np.float64)
+            wide = np.asarray(matrix[catalog.first[queries[asked]]], dtype=np.float64)
             products = np.empty(candidates.shape)
             for some in chunks(depth, max(1, _NUMBERS // wide.size)):
-                others = np.asarray(matrix[candidates[:, some]], dtype=np.float64)
+                others = np.asarray(matrix[catalog.first[candidates[:, some]]], dtype=np.float64)
                 products[:, some] = np.einsum("mcd,md->mc", others, wide)
-            cosines = np.round(products / (norms[candidates] * norms[rows][:, None]), _DECIMALS)
-            cosines[candidates == rows[:, None]] = -np.inf
+            cosines = np.round(products / (norms[candidates] * norms[queries[asked]][:, None]), _DECIMALS)
+            # The k nearest rows are among those of the k nearest vectors, ties by their lowest rows.
             order = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
-            best = np.take_along_axis(cosines, order, axis=1)
+            chosen, cosines = np.take_along_axis(candidates, order, axis=1), np.take_along_axis(cosines, order, axis=1)
+            rows, there = catalog.expanded(chosen, k)
+            worth = np.where(there, cosines[:, :, None], -np.inf).reshape(len(asked), -1)
+            rows = rows.reshape(len(asked), -1)
+            best = np.lexsort((rows, -worth))[:, :k]
+            rows, worth = np.take_along_axis(rows, best, axis=1), np.take_along_axis(worth, best, axis=1)
             # What the search left out has at most its last similarity, give or take its rounding.
-            sure = np.full(len(asked), depth == len(known))
-            if best.shape[1] == k:
-                sure |= best[:, -1] > similar.min(axis=1).astype(np.float64) + 2 * error
-            chosen = np.where(np.isfinite(best), np.take_along_axis(candidates, order, axis=1), -1)
-            found[asked[sure], : chosen.shape[1]] = chosen[sure]
+            sure = np.full(len(asked), depth == len(unit))
+            if worth.shape[1] == k:
+                sure |= worth[:, -1] > similar.min(axis=1).astype(np.float64) + 2 * error
+            found[asked[sure], : rows.shape[1]] = np.where(np.isfinite(worth), rows, -1)[sure]
             again.append(asked[~sure])
         open_, depth = np.concatenate(again), 8 * depth
     return found
 
 
-def _interval(same: Rows, pairs: Rows) -> list[float] | None:
-    """95 % of the ratio of the sums, over the items whose terms they are."""
-    items = len(pairs)
-    if items < 2:
+@dataclass(frozen=True)
+class _Ends:
+    """Pairs of items by what they have in common.
+
+    Attributes:
+        owner, neighbour: (P,) item rows.
+        two: (P,) the number of the pair's two items, whichever is whose neighbour.
+    """
+
+    owner: Rows
+    neighbour: Rows
+    two: Rows
+
+    @classmethod
+    def of(cls, asked: Rows, found: Rows, items: int) -> "_Ends":
+        owner, neighbour = np.repeat(asked, (found >= 0).sum(axis=1)), found[found >= 0]
+        keys = np.minimum(owner, neighbour) * items + np.maximum(owner, neighbour)
+        return cls(owner, neighbour, np.unique(keys, return_inverse=True)[1].reshape(-1))
+
+
+def _interval(same: npt.NDArray[np.bool_], ends: _Ends, owners: int) -> list[float] | None:
+    """95 % of the share of pairs that agree, pairs with an item in common being alike."""
+    if owners < 2:
         return None
-    ratio = same.sum() / pairs.sum()
-    left = same - ratio * pairs
-    half = 1.959963984540054 * float(np.sqrt(items / (items - 1) * (left @ left)) / pairs.sum())
-    return [max(0.0, float(ratio) - half), min(1.0, float(ratio) + half)]
+    ratio = float(same.mean())
+    left = same - ratio
+    by_owner = np.bincount(ends.owner, left, int(max(ends.owner.max(), ends.neighbour.max())) + 1)
+    by_item = by_owner + np.bincount(ends.neighbour, left, len(by_owner))
+    by_two = np.bincount(ends.two, left)
+    # Pairs of the same two items have both in common, and stand in the first sum twice.
+    once = float(by_two @ by_two)
+    squares = max(float(by_owner @ by_owner), once, float(by_item @ by_item) - once)
+    half = 1.959963984540054 * float(np.sqrt(owners / (owners - 1) * squares)) / len(same)
+    return [max(0.0, ratio - half), min(1.0, ratio + half)]
 
 
 def _check_k(k: int) -> None:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,12 @@ import numpy.typing as npt
 
 from llmrec import __version__
 from llmrec.data.split import Split
-from llmrec.diagnostics.branching import prefix_branching
+from llmrec.diagnostics.branching import prefix_branching, prefix_groups
 from llmrec.diagnostics.ceiling import beam_recall, collision_ceiling
+from llmrec.diagnostics.evidence import Evidence
 from llmrec.diagnostics.groups import collision_groups
 from llmrec.diagnostics.identifiers import SemanticIDs
-from llmrec.diagnostics.neighbours import co_sold, nearest_texts, neighbour_purity
+from llmrec.diagnostics.neighbours import neighbour_purity
 from llmrec.diagnostics.reconstruction import reconstruction
 from llmrec.diagnostics.usage import code_counts, level_usage
 from llmrec.diagnostics.verdict import verdicts
@@ -22,63 +22,14 @@ from llmrec.exceptions import DataError
 from llmrec.quantization.quantizer import Quantizer
 
 Codes = npt.NDArray[np.int32]
-Places = npt.NDArray[np.int64]
-Score = Callable[[Sequence[npt.NDArray[np.integer]]], npt.NDArray[np.floating]]
 
-NEIGHBOURS = 10
-WINDOW = 5
 KS = (1, 5, 10, 20)
 WIDTHS = (10, 20, 50)
 TOP = 10
-CASES = 500  # test cases on which the beam's ceiling is estimated: its standard error is below 0.02 then
-# All items are asked for their nearest texts up to the first number, beyond it a sample of the second.
-ALL_QUERIES, SAMPLED_QUERIES = 20_000, 5_000
 GROUPS, GROUP_ITEMS = 20, 10
 CURVE_POINTS = 256
 # Beyond what float32 and the order of a batch's texts leave between the embeddings of equal texts.
 SAME_TEXT = 1 - 1e-6
-
-
-@dataclass(frozen=True)
-class _Evidence:
-    """What is known of the items beside their codes, in rows of the semantic IDs.
-
-    Attributes:
-        co_sold: (N, k) the items that each is sold with, -1 padding; or None.
-        texts: rows (M,) and their nearest texts (M, k); or None.
-        targets: (C,) what the ceiling is taken over.
-        histories: of the cases on which beams are tried.
-        score: the reference recommender, histories (B) -> (B, N); or None.
-    """
-
-    co_sold: Places | None
-    texts: tuple[Places, Places] | None
-    targets: Places
-    histories: list[Places]
-    score: Score | None
-
-    def of(self, rows: Places, items: int) -> "_Evidence":
-        """The same for the catalog of `rows` alone, out of N `items`."""
-        place = np.full(items + 1, -1, dtype=np.int64)  # the last one is for the padding
-        place[rows] = np.arange(len(rows))
-        texts = None
-        if self.texts is not None:
-            queried = place[self.texts[0]] >= 0
-            texts = place[self.texts[0][queried]], place[self.texts[1][queried]]
-        targets = place[self.targets]
-        histories = [found[found >= 0] for found in (place[history] for history in self.histories)]
-        return _Evidence(
-            co_sold=None if self.co_sold is None else place[self.co_sold[rows]],
-            texts=texts,
-            targets=targets[targets >= 0],
-            histories=histories,
-            score=None if self.score is None else _restricted(self.score, rows),
-        )
-
-
-def _restricted(score: Score, rows: Places) -> Score:
-    """The same reference for the catalog of `rows` alone."""
-    return lambda histories: score([rows[history] for history in histories])[:, rows]
 
 
 def report(
@@ -123,7 +74,9 @@ def report(
         * duplicates: items whose title (and text, of the queried) another one has, too;
         * reconstruction: see `llmrec.diagnostics.reconstruction`;
         * ceiling: basis ("test targets" or "items"), targets, targets_without_id, collision (`collision_ceiling`, a
-          target without an ID is a miss), beam (`beam_recall`) with its reference;
+          target without an ID is a miss, the items of the test's histories are no candidates); beam (`beam_recall`):
+          what beams keep of this reference's best, of which sharper models keep more, and beam_random: the same for
+          random codes of the same sizes and length;
         * quantised: the headline figures before collisions were resolved;
         * others: per other tokenizer name, shared_items, and both sides' headline figures on these;
         * verdict: see `llmrec.diagnostics.verdict`; skipped, seed, versions.
@@ -139,7 +92,7 @@ def report(
                 "their order."
             )
     announce("neighbours")
-    evidence, missed = _evidence(ids, split, texts, seed)
+    evidence, missed = Evidence.gather(ids, split, texts, seed)
     announce("codes")
     usage = level_usage(ids.codes, ids.codebook_sizes)
     grouped = collision_groups(ids.codes, limit=GROUPS)
@@ -174,6 +127,7 @@ def report(
             "targets_without_id": missed,
             "collision": _reachable(own["collision_ceiling"], len(evidence.targets), missed),
             "beam": own["beam"],
+            "beam_random": _beam(_random_codes(ids, seed), evidence),
             "reference": None if own["beam"] is None else "item-CF on the training histories",
             "cases": len(evidence.histories),
             "k": TOP,
@@ -192,16 +146,13 @@ def report(
     return found
 
 
-def _headline(codes: Codes, sizes: Sequence[int], evidence: _Evidence, seed: int) -> dict[str, Any]:
+def _headline(codes: Codes, sizes: Sequence[int], evidence: Evidence, seed: int) -> dict[str, Any]:
     """The few figures by which tokenizers are compared, of codes (N, L) on the evidence for these N items."""
     usage, groups = level_usage(codes, sizes), collision_groups(codes, limit=0)
     kind = "co_sold" if evidence.co_sold is not None else "texts" if evidence.texts is not None else None
     purities = _purities(codes, evidence)
     lengths = purities[kind] if kind else None
     first = lengths[0] if lengths else None
-    beam = None
-    if evidence.score is not None and evidence.histories:
-        beam = beam_recall(codes, evidence.score, evidence.histories, WIDTHS, k=TOP)
     targets = evidence.targets
     return {
         "items": len(codes),
@@ -216,61 +167,32 @@ def _headline(codes: Codes, sizes: Sequence[int], evidence: _Evidence, seed: int
         "neighbour_purity": None if first is None else first["purity"],
         "neighbour_lift": None if first is None else first["lift"],
         "neighbour_kind": kind,
-        "collision_ceiling": collision_ceiling(codes, targets, KS) if len(targets) else None,
-        "beam": beam,
+        "collision_ceiling": collision_ceiling(codes, targets, KS, evidence.seen) if len(targets) else None,
+        "beam": _beam(codes, evidence),
     }
 
 
-def _evidence(
-    ids: SemanticIDs, split: Split | None, texts: npt.NDArray[np.floating] | None, seed: int
-) -> tuple[_Evidence, int]:
-    """What the log and the texts say, and how many test targets have no semantic ID."""
-    near: tuple[Places, Places] | None = None
-    if texts is not None and len(texts) > 1:
-        sample = None if len(texts) <= ALL_QUERIES else SAMPLED_QUERIES
-        near = nearest_texts(texts, NEIGHBOURS, sample, seed)
-    everything = np.arange(len(ids))
-    if split is None:
-        return _Evidence(None, near, everything, [], None), 0
-    mine = ids.rows_of(split.item_ids)  # rows of the split -> rows here, -1 for those without an ID
-    known = np.flatnonzero(mine >= 0)
-    if not len(known):
-        raise DataError(
-            f"None of the {split.num_items} items of the log has a semantic ID here. "
-            "Give the log that the semantic IDs belong to, and name its column of item ids."
-        )
-    sold = np.full((len(ids), NEIGHBOURS), -1, dtype=np.int64)
-    partners = co_sold(split.train, split.num_items, NEIGHBOURS, WINDOW)
-    sold[mine[known]] = np.append(mine, -1)[partners[known]]
-    targets = mine[split.targets("test")]
-    reachable = targets[targets >= 0]
-    histories = split.histories("test")
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(histories))[:CASES])
-    mapped = [found[found >= 0] for found in (mine[histories[case]] for case in chosen.tolist())]
-    asked = [history for history in mapped if len(history)]
-    score = _reference(split, mine, len(ids)) if asked else None
-    evidence = _Evidence(sold, near, reachable if len(targets) else everything, asked, score)
-    return evidence, len(targets) - len(reachable)
+def _beam(codes: npt.NDArray[np.integer], evidence: Evidence) -> dict[str, Any] | None:
+    if evidence.score is None or not evidence.histories:
+        return None
+    return beam_recall(codes, evidence.score, evidence.histories, WIDTHS, k=TOP)
 
 
-def _reference(split: Split, mine: Places, items: int) -> Score:
-    """Item-CF on the training histories, as a function of histories in rows of the semantic IDs."""
-    from llmrec.evaluation.baselines import ItemCF
-
-    model = ItemCF().fit(split.train, split.num_items)
-    known = np.flatnonzero(mine >= 0)
-    theirs = np.full(items, -1, dtype=np.int64)
-    theirs[mine[known]] = known
-
-    def score(histories: Sequence[npt.NDArray[np.integer]]) -> npt.NDArray[np.floating]:
-        scores = np.zeros((len(histories), items))
-        scores[:, mine[known]] = model.scores([theirs[history] for history in histories])[:, known]
-        return scores
-
-    return score
+def _random_codes(ids: SemanticIDs, seed: int) -> npt.NDArray[np.int64]:
+    """Codes (N, L) of these sizes that say nothing of the items; an appended digit is the rank among equal codes."""
+    generator = np.random.default_rng(seed)
+    sizes = np.minimum(ids.codebook_sizes[: ids.quantised_levels], len(ids))
+    codes = generator.integers(0, sizes, size=(len(ids), len(sizes)))
+    for _ in range(ids.num_levels - ids.quantised_levels):
+        group = prefix_groups(codes)[-1]
+        order = np.argsort(group, kind="stable")
+        digit = np.empty_like(order)
+        digit[order] = np.arange(len(order)) - np.searchsorted(group[order], group[order])
+        codes = np.column_stack([codes, digit])
+    return codes
 
 
-def _purities(codes: Codes, evidence: _Evidence) -> dict[str, list[dict[str, Any]] | None]:
+def _purities(codes: Codes, evidence: Evidence) -> dict[str, list[dict[str, Any]] | None]:
     found: dict[str, list[dict[str, Any]] | None] = {"co_sold": None, "texts": None}
     if evidence.co_sold is not None and (evidence.co_sold >= 0).any():
         found["co_sold"] = neighbour_purity(codes, evidence.co_sold)
@@ -292,9 +214,7 @@ def _curve(counts: Sequence[int]) -> dict[str, list[int]]:
     return {"rank": (ranks + 1).tolist(), "items": falling[ranks].tolist()}
 
 
-def _duplicates(
-    ids: SemanticIDs, texts: npt.NDArray[np.floating] | None, evidence: _Evidence
-) -> dict[str, int | None]:
+def _duplicates(ids: SemanticIDs, texts: npt.NDArray[np.floating] | None, evidence: Evidence) -> dict[str, int | None]:
     titled = Counter(title for item, title in zip(ids.item_ids, ids.titles, strict=True) if title != item)
     found: dict[str, int | None] = {
         "titles": sum(count for count in titled.values() if count > 1),
@@ -317,7 +237,7 @@ def _reachable(ceiling: dict[str, float] | None, known: int, missed: int) -> dic
     return {name: value * known / (known + missed) for name, value in ceiling.items()}
 
 
-def _quantised(ids: SemanticIDs, evidence: _Evidence, seed: int) -> dict[str, Any] | None:
+def _quantised(ids: SemanticIDs, evidence: Evidence, seed: int) -> dict[str, Any] | None:
     """The codes as they were quantised: exactly if a digit was appended, else as far as the build's record says."""
     recorded = ids.origin.get("collisions")
     record = dict(recorded) if isinstance(recorded, Mapping) else {}
@@ -336,7 +256,7 @@ def _quantised(ids: SemanticIDs, evidence: _Evidence, seed: int) -> dict[str, An
     return facts | {"levels": levels} | {key: record.get(key) for key in kept}
 
 
-def _comparison(ids: SemanticIDs, name: str, other: SemanticIDs, evidence: _Evidence, seed: int) -> dict[str, Any]:
+def _comparison(ids: SemanticIDs, name: str, other: SemanticIDs, evidence: Evidence, seed: int) -> dict[str, Any]:
     theirs = other.rows_of(ids.item_ids)
     rows = np.flatnonzero(theirs >= 0)
     facts: dict[str, Any] = {

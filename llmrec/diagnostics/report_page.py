@@ -1,4 +1,4 @@
-"""The doctor's report as a page: the verdict first, then codes, tree, collisions, neighbours, ceilings, comparison."""
+"""The doctor's report as a page: the verdict first, then codes, tree, collisions, neighbours, beams, comparison."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -183,11 +183,14 @@ def _neighbours(found: Page, report: dict[str, Any]) -> None:
 
 def _ceiling(found: Page, report: dict[str, Any]) -> None:
     section = report["ceiling"]
-    found.heading("What a perfect model would reach")
-    basis = "the test's targets" if section["basis"] == "test targets" else "all items alike"
+    found.heading("What sharing and beams cost")
+    of_test = "the test's targets, without what their users had before"
+    basis = of_test if section["basis"] == "test targets" else "all items alike"
     found.paragraph(
-        "Items of one ID are in random order to any model that writes IDs; a beam search loses an item whose first "
-        f"codes are not among the best. The first is taken over {basis}."
+        "Items of one ID are in random order to any model that writes IDs: the table is what a perfect one reaches, "
+        f"over {basis}. A beam search loses an item whose first codes are not among the best; how often "
+        "depends on the model, too, so the plot says what beams keep of the best of one reference, beside random "
+        "codes of the same sizes. It bounds no model: of a surer one the same beams keep more."
     )
     if section["collision"] is not None:
         ks = sorted({int(name.partition("@")[2]) for name in section["collision"]})
@@ -205,15 +208,22 @@ def _ceiling(found: Page, report: dict[str, Any]) -> None:
     axes.plot(widths, [100 * share for _, share in recall], marker="o", color=_COLOURS[0], label="of the best items")
     mass = [100 * beam["kept_mass"][str(width)] for width in widths]
     axes.plot(widths, mass, marker="o", color=_COLOURS[1], label="of the probability")
+    control = section.get("beam_random")
+    random = {} if control is None else {int(width): share for width, share in control["recall"].items()}
+    if random:
+        shares = [100 * random[width] for width in widths]
+        axes.plot(widths, shares, linestyle="--", color=_COLOURS[5], label="of the best items, random codes")
     axes.set_xticks(widths)
     axes.set_ylim(0, 102)
     axes.legend(frameon=False)
     _labels(axes, "beams", "kept (%)")
     told = ", ".join(f"{_percent(share)} with {width}" for width, share in recall)
+    told_random = ", ".join(f"{_percent(random[width])} with {width}" for width in widths if width in random)
     found.figure(
         figure,
         f"Of the {section['k']} best items of {section['reference']}, a beam search keeps {told} beams "
-        f"({beam['cases']:,} test histories).",
+        f"({beam['cases']:,} test histories)"
+        + (f"; through random codes of these sizes {told_random} beams." if random else "."),
     )
 
 

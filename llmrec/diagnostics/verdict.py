@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from llmrec.diagnostics import advice
+
 Level = Literal["ok", "note", "warning"]
 Finding = dict[str, Any]
 
@@ -34,6 +36,8 @@ POOR_ERROR, MEDIOCRE_ERROR = 0.8, 0.6
 # Of the reference's best 10, what a beam search keeps: 50 beams are the default of serving, 20 the usual in papers.
 BEAM_WIDTH, BEAM_RECALL = 50, 0.95
 SLIM_WIDTH, SLIM_RECALL = 20, 0.9
+# Two standard errors of the difference between two tables on 500 test cases are below it.
+BEAM_NOISE = 0.02
 # Equal texts: unavoidable in any catalog up to a hundredth, beyond a tenth a fault of the table.
 SOME_EQUAL, MANY_EQUAL = 0.01, 0.1
 # Test targets without a semantic ID, which nothing can hit.
@@ -76,27 +80,28 @@ def verdicts(report: dict[str, Any]) -> list[Finding]:
 
 
 def _used(report: dict[str, Any]) -> Iterator[Finding]:
+    quantizer = report["source"]["quantizer"]
+    if not advice.has_vectors(quantizer):
+        return
     for level in _quantised(report):
         possible = min(level["codebook_size"], report["items"])
         share = level["used"] / possible
         if share >= SOME_UNUSED:
             continue
-        # Each advice for what is known of the quantizer.
-        if report["source"]["quantizer"] == "rqvae":
-            advice = "Try more --epochs, or --quantizer rkmeans, which leaves no code unused"
-        else:
-            advice = "Try --quantizer rkmeans, which leaves no code unused"
-        size = _smaller(level["used"])
+        learnt = advice.has_centroids(quantizer)
         yield _finding(
             "dead codes",
-            "warning" if share < FEW_USED else "note",
+            "warning" if share < FEW_USED and learnt else "note",
             f"Level {level['level']} uses {level['used']:,} of {possible:,} codes ({_percent(share)}): the others are "
-            f"tokens that nothing teaches. {advice}, or --codebook-size {size}.",
+            f"tokens that nothing teaches. {advice.against_dead_codes(quantizer, _smaller(level['used']))}.",
             share,
         )
 
 
 def _even(report: dict[str, Any]) -> Iterator[Finding]:
+    quantizer = report["source"]["quantizer"]
+    if not advice.has_vectors(quantizer):
+        return
     for level in _quantised(report):
         # Codes that nobody uses are told by themselves.
         if level["used"] < FEW_USED * min(level["codebook_size"], report["items"]):
@@ -106,11 +111,10 @@ def _even(report: dict[str, Any]) -> Iterator[Finding]:
             continue
         yield _finding(
             "uneven codes",
-            "warning" if share < COLLAPSED else "note",
+            "warning" if share < COLLAPSED and advice.has_centroids(quantizer) else "note",
             f"Level {level['level']} uses its codes unevenly: its perplexity is {level['perplexity']:,.1f} of "
             f"{level['codebook_size']:,} ({_percent(share)}), and the commonest code has "
-            f"{_percent(level['largest_share'])} of the items. Try --balanced or --normalise-residuals, which use a "
-            "residual quantizer's codes evenly.",
+            f"{_percent(level['largest_share'])} of the items. {advice.against_uneven_codes(quantizer)}.",
             share,
         )
 
@@ -125,8 +129,8 @@ def _shared(report: dict[str, Any]) -> Iterator[Finding]:
         "collisions",
         "warning" if share > MANY_SHARE else "note",
         f"{section['sharing_items']:,} items ({_percent(share)}) share their ID with another, at most "
-        f"{section['largest_group']:,} one ID{costs}; every item needs an ID of its own. Build them with "
-        "--collisions reassign or append, or with larger codebooks.",
+        f"{section['largest_group']:,} one ID{costs}; every item needs an ID of its own. "
+        f"{advice.against_shared_codes(report['source']['quantizer'])}.",
         share,
     )
 
@@ -135,7 +139,7 @@ def _as_quantised(report: dict[str, Any]) -> Iterator[Finding]:
     section = report["quantised"]
     if section is None or not section.get("sharing_rate") or report["collisions"]["sharing_items"]:
         return
-    share, added = section["sharing_rate"], section["added_share"]
+    share, added, quantizer = section["sharing_rate"], section["added_share"], report["source"]["quantizer"]
     if share > OFTEN_SHARED:
         how = {"append": "the appended code tells them apart", "reassign": "other last codes tell them apart"}
         resolved = how.get(section["policy"], "they were told apart afterwards")
@@ -143,16 +147,16 @@ def _as_quantised(report: dict[str, Any]) -> Iterator[Finding]:
             "collisions as quantised",
             "warning" if share > MOSTLY_SHARED else "note",
             f"{_percent(share)} of the items shared an ID as quantised, and {resolved}, which says nothing of what "
-            "they are. Try a larger --codebook-size, one level more with --num-levels, or --interactions, whose "
-            "co-occurrence tells like texts apart.",
+            f"they are. {advice.against_alike_vectors(quantizer)}.",
             share,
         )
-    if added is not None and added > MUCH_ADDED:
+    if added is not None and added > MUCH_ADDED and advice.has_vectors(quantizer):
         yield _finding(
             "cost of reassignment",
             "note",
             f"{section['moved_items']:,} items have other last codes than their vectors asked for, which added "
-            f"{_percent(added)} to the squared error. Try --collisions append, or a larger --codebook-size.",
+            f"{_percent(added)} to the squared error. "
+            f"Try --collisions append, or {advice.larger_codebook(quantizer)}.",
             added,
         )
 
@@ -165,8 +169,7 @@ def _giant(report: dict[str, Any]) -> Iterator[Finding]:
             "giant prefix",
             "warning",
             f"{_percent(share)} of the items have the same first code, {share * size:.0f} times an even share: below "
-            "it, all is left to the later codes. Look for items without text or with one text for all, and try "
-            "--balanced or --collaborative-weight.",
+            f"it, all is left to the later codes. {advice.against_a_giant(report['source']['quantizer'])}.",
             share,
         )
 
@@ -196,24 +199,29 @@ def _late(report: dict[str, Any]) -> Iterator[Finding]:
                 "note",
                 f"After {before['level']} code(s) {_percent(before['alone_share'])} of the items are alone, and level "
                 f"{level['level']} adds {bits:.2f} bits: a token per item for little. Try --num-levels "
-                f"{before['level']} or a smaller --codebook-size.",
+                f"{before['level']} or {advice.smaller_codebook(report['source']['quantizer'])}.",
                 bits,
             )
 
 
 def _alone(report: dict[str, Any]) -> Iterator[Finding]:
     share = report["branching"][0]["alone_share"]
+    quantizer = report["source"]["quantizer"]
     if share > ALONE_EARLY and report["items"] > 1:
+        # The steps of scalar quantisation are given, however few the items.
+        more = "" if quantizer == advice.SCALAR else " and more levels"
         yield _finding(
             "IDs like names",
-            "warning",
+            "note" if quantizer == advice.SCALAR else "warning",
             f"{_percent(share)} of the items have a first code of their own: an ID is a name then, and nothing learnt "
-            "of one item helps another. Try a smaller --codebook-size and more levels.",
+            f"of one item helps another. Try {advice.smaller_codebook(quantizer)}{more}.",
             share,
         )
 
 
 def _few_items(report: dict[str, Any]) -> Iterator[Finding]:
+    if not advice.has_centroids(report["source"]["quantizer"]):
+        return
     size = max(level["codebook_size"] for level in _quantised(report))
     per_code = report["items"] / size
     if per_code < ITEMS_PER_CODE and report["branching"][0]["alone_share"] <= ALONE_EARLY:
@@ -241,14 +249,14 @@ def _neighbours(report: dict[str, Any]) -> Iterator[Finding]:
         yield _finding("codes like a hash", "warning", sentence, known[faint[0]]["lift"])
     elif len(faint) == len(known):
         sentence = (
-            f"The codes are like a hash of the items: {told}. Check that the embeddings belong to these items and in "
-            "this order, and that their texts say something."
+            f"The codes are like a hash of the items: {told}. "
+            f"{advice.against_hash_likeness(report['source']['quantizer'])}."
         )
         yield _finding("codes like a hash", "warning", sentence, known[faint[0]]["lift"])
     elif faint == ["co_sold"]:
         sentence = (
-            f"The codes follow the texts but not what sells together: {told}. Try --interactions with a "
-            "--collaborative-weight of 0.5 or more."
+            f"The codes follow the texts but not what sells together: {told}. "
+            f"{advice.towards_the_sales(report['source']['quantizer'])}."
         )
         yield _finding("codes beside the sales", "warning", sentence, known["co_sold"]["lift"])
     else:
@@ -256,6 +264,8 @@ def _neighbours(report: dict[str, Any]) -> Iterator[Finding]:
             f"The codes follow what sells together but not the texts: {told}. That is as it should be for a high "
             "--collaborative-weight; new items without sales will get codes that say little, so try a lower one."
         )
+        if report["source"]["quantizer"] == advice.TITLES:
+            sentence = f"The codes follow what sells together but not the texts' embeddings: {told}. Use one of both."
         yield _finding("codes beside the texts", "note", sentence, known["texts"]["lift"])
 
 
@@ -277,31 +287,44 @@ def _error(report: dict[str, Any]) -> Iterator[Finding]:
         "reconstruction",
         "warning" if error > POOR_ERROR else "note",
         f"The codes keep {_percent(max(0.0, 1 - error))} of the vectors' variance (relative error {error:.2f}; 1 is "
-        "one point for all items). Try a larger --codebook-size, more levels, or another --quantizer; and check that "
-        "the embeddings are those that were quantised.",
+        f"one point for all items). Try {advice.larger_codebook(report['source']['quantizer'])}, more levels, or "
+        "another --quantizer; and check that the embeddings are those that were quantised.",
         error,
     )
 
 
 def _beams(report: dict[str, Any]) -> Iterator[Finding]:
-    beam = report["ceiling"]["beam"]
-    shares = {} if beam is None else beam["recall"]
-    recall = {int(width): share for width, share in shares.items() if share is not None}
+    section, quantizer = report["ceiling"], report["source"]["quantizer"]
+    recall, control = _kept(section["beam"]), _kept(section.get("beam_random"))
     wide, slim = recall.get(BEAM_WIDTH), recall.get(SLIM_WIDTH)
     told = ", ".join(f"{_percent(share)} with {width}" for width, share in sorted(recall.items()))
-    lost = (
-        f"A beam search keeps of the {report['ceiling']['k']} items that {report['ceiling']['reference']} finds best: "
-        f"{told} beams. "
-    )
-    if wide is not None and wide < BEAM_RECALL:
-        advice = (
-            "No model gets beyond this: search with more beams, or make first codes that divide what users choose "
-            "among less finely (a smaller --codebook-size, more --collaborative-weight)."
+    told = f"A beam search keeps of the {section['k']} items that {section['reference']} finds best: {told} beams"
+    random = control.get(BEAM_WIDTH)
+    if random is not None:
+        told += f" (through random codes of these sizes {_percent(random)} with {BEAM_WIDTH})"
+    # Nothing learnt is lost by the control itself.
+    compared = random if quantizer != advice.CONTROL else None
+    if wide is not None and wide < BEAM_RECALL and compared is not None and wide < compared - BEAM_NOISE:
+        sentence = (
+            f"{told}. That is less than random codes keep: what one user chooses among is below too many prefixes. "
+            f"Search with more beams, or try {advice.against_lost_beams(quantizer)}."
         )
-        yield _finding("ceiling of the beam", "warning", lost + advice, wide)
+        yield _finding("beams", "warning", sentence, wide)
+    elif wide is not None and wide < BEAM_RECALL:
+        sentence = f"{told}. A model that is surer of itself than this reference loses less; else search with more."
+        yield _finding("beams", "note", sentence, wide)
     elif slim is not None and slim < SLIM_RECALL:
-        advice = f"Search with {BEAM_WIDTH} beams or more."
-        yield _finding("ceiling of the beam", "note", lost + advice, slim)
+        sentence = (
+            f"{told}. A model that is surer of itself than this reference loses less; else search with {BEAM_WIDTH} "
+            "or more."
+        )
+        yield _finding("beams", "note", sentence, slim)
+
+
+def _kept(beam: dict[str, Any] | None) -> dict[int, float]:
+    """What is known to be kept, by width."""
+    shares = {} if beam is None else beam["recall"]
+    return {int(width): share for width, share in shares.items() if share is not None}
 
 
 def _equal_texts(report: dict[str, Any]) -> Iterator[Finding]:
@@ -313,18 +336,13 @@ def _equal_texts(report: dict[str, Any]) -> Iterator[Finding]:
         return
     if by_text:
         told = "have the same text as another, which no quantizer of texts tells apart"
-        advice = (
-            "Remove copies from the table, add columns with --text-columns when embedding, or join co-occurrence with"
-        )
     else:
         told = "have the same title as another, which only their other columns tell apart"
-        advice = (
-            "Remove copies from the table, or see that what differs is embedded (--text-columns), or join the sales by"
-        )
     yield _finding(
         "equal texts" if by_text else "equal titles",
         "warning" if share > MANY_EQUAL and by_text else "note",
-        f"{count:,} items ({_percent(share)}) {told}. {advice} --interactions.",
+        f"{count:,} items ({_percent(share)}) {told}. "
+        f"{advice.against_equal_texts(report['source']['quantizer'], by_text)}.",
         share,
     )
 
@@ -373,9 +391,9 @@ def _strengths(report: dict[str, Any]) -> str:
             f"{_percent(row['purity'])} of {_KINDS[report['neighbour_kind']]} have the same first code (by chance "
             f"{_percent(row['chance'])})"
         )
-    beam = report["ceiling"]["beam"]
-    if beam is not None and beam["recall"].get(str(BEAM_WIDTH)) is not None:
-        parts.append(f"{BEAM_WIDTH} beams keep {_percent(beam['recall'][str(BEAM_WIDTH)])} of a reference's best")
+    kept = _kept(report["ceiling"]["beam"]).get(BEAM_WIDTH)
+    if kept is not None:
+        parts.append(f"{BEAM_WIDTH} beams keep {_percent(kept)} of a reference's best")
     return "".join(f", {part}" for part in parts)
 
 

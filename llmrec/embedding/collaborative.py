@@ -62,7 +62,7 @@ def cooccurrence_embeddings(
     Args:
         train: the users' training histories, item rows in order of time.
         num_items: N, the catalog's size.
-        dim: upper bound of the width.
+        dim: upper bound of the width, at least 1.
         window: the largest distance between two items of a pair.
         seed: of the randomised SVD.
 
@@ -70,7 +70,9 @@ def cooccurrence_embeddings(
         (N, min(dim, N)) float32 with rows of norm 1; the rows of items without a positive co-occurrence are 0.
 
     Raises:
-        DataError: if a history holds a row outside the catalog, or the window is not positive.
+        DataError: if a history holds a row outside the catalog, or dim or the window is not positive.
     """
+    if dim < 1:
+        raise DataError(f"A collaborative embedding {dim} wide holds nothing. Use a width of at least 1.")
     information = positive_pmi(cooccurrence(train, num_items, window))
     return unit_rows(principal_coordinates(information, dim, seed))

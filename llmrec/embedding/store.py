@@ -149,6 +149,8 @@ class EmbeddingStore:
                 "their order. Give one row per item, or name each row's item with --vector_ids."
             )
         origin = {"model": "own vectors", "file": path.name, "file_sha256": sha256_of(path)}
+        # The same file with its rows given to other items is another embedding.
+        origin["row_ids_sha256"] = text_sha256([str(item) for item in item_ids])
         return cls(item_ids, embeddings, origin | ({"tensor": tensor} if tensor else {}))
 
     @classmethod

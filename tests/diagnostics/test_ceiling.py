@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from llmrec.diagnostics import beam_recall, collision_ceiling
 from llmrec.diagnostics import ceiling as module
 from llmrec.evaluation.baselines import ItemCF
+from llmrec.evaluation.metrics import values
+from llmrec.evaluation.ranks import Ranks
 from llmrec.exceptions import DataError, TokenizerError
 
 
@@ -38,6 +40,43 @@ def test_the_collision_ceiling_is_the_mean_over_all_orders(data: st.DataObject) 
             gains.append(sum(1 / math.log2(place + 2) for place in places if place < k) / len(places))
         assert found[f"HR@{k}"] == pytest.approx(sum(hits) / len(hits))
         assert found[f"NDCG@{k}"] == pytest.approx(sum(gains) / len(gains))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_items_of_the_history_are_no_candidates(data: st.DataObject) -> None:
+    codes = np.array(data.draw(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=9)))
+    rows = st.integers(0, len(codes) - 1)
+    targets = data.draw(st.lists(rows, min_size=1, max_size=6))
+    histories = [data.draw(st.lists(rows, max_size=12)) for _ in targets]  # with repetitions, and the target itself
+    arrays = [np.array(history, dtype=np.int32) for history in histories]
+    found = collision_ceiling(codes, targets, [1, 2, 5], arrays)
+    hits, gains = [], []
+    for target, history in zip(targets, histories, strict=True):
+        allowed = [row for row in range(len(codes)) if row == target or row not in history]
+        group = [row for row in allowed if (codes[row] == codes[target]).all()]
+        hits.append([min(k, len(group)) / len(group) for k in (1, 2, 5)])
+        gains.append([sum(1 / math.log2(place + 2) for place in range(min(k, len(group)))) for k in (1, 2, 5)])
+        gains[-1] = [gain / len(group) for gain in gains[-1]]
+    for place, k in enumerate((1, 2, 5)):
+        assert found[f"HR@{k}"] == pytest.approx(np.mean(hits, axis=0)[place])
+        assert found[f"NDCG@{k}"] == pytest.approx(np.mean(gains, axis=0)[place])
+    assert collision_ceiling(codes, targets, [1], [array[:0] for array in arrays]) == collision_ceiling(
+        codes, targets, [1]
+    )
+
+
+def test_the_collision_ceiling_is_what_an_evaluation_of_a_perfect_model_gives() -> None:
+    generator = np.random.default_rng(0)
+    codes = generator.integers(0, 4, size=(60, 2))
+    targets = generator.integers(0, 60, 40)
+    histories = [generator.integers(0, 60, 20) for _ in targets]
+    histories = [history[history != target] for history, target in zip(histories, targets, strict=True)]
+    ranks, _ = Ranks.from_groups(codes[targets][:, None], codes, targets, histories)
+    found = collision_ceiling(codes, targets, [1, 10], histories)
+    assert found["HR@1"] == pytest.approx(values(ranks, "HR", 1).mean())
+    assert found["NDCG@10"] == pytest.approx(values(ranks, "NDCG", 10).mean())
+    assert found["HR@1"] > collision_ceiling(codes, targets, [1])["HR@1"]
 
 
 def test_unique_codes_leave_everything() -> None:
@@ -242,6 +281,15 @@ def test_codes_that_follow_the_reference_lose_less_than_random_ones() -> None:
     assert bad["kept_mass"]["10"] < good["kept_mass"]["10"]
 
 
+def test_of_a_surer_reference_the_same_beams_keep_more() -> None:
+    generator = np.random.default_rng(3)
+    codes = generator.integers(0, 40, size=(800, 2))
+    scores = generator.gamma(0.5, size=(20, 800))
+    histories = [np.zeros(0, np.int64)] * 20
+    flat, sure = (beam_recall(codes, lambda batch, p=p: scores**p, histories, [10])["recall"]["10"] for p in (1, 6))
+    assert flat < 0.7 < sure
+
+
 def test_a_fitted_baseline_is_a_reference() -> None:
     generator = np.random.default_rng(1)
     train = [generator.integers(0, 60, 8) for _ in range(50)]
@@ -281,6 +329,10 @@ def test_misuse_is_refused() -> None:
     for targets in ([], [2], [-1]):
         with pytest.raises(DataError, match="targets, or one is outside the 2 items"):
             collision_ceiling(codes, targets, [1])
+    with pytest.raises(DataError, match="2 histories do not fit 1 targets"):
+        collision_ceiling(codes, [0], [1], [np.array([0])] * 2)
+    with pytest.raises(DataError, match="codes of 2 items"):
+        collision_ceiling(codes, [0], [1], [np.array([2])])
     with pytest.raises(DataError, match="k is 0"):
         collision_ceiling(codes, [0], [0])
     with pytest.raises(TokenizerError, match="no semantic IDs"):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +189,36 @@ def test_other_files_are_refused(tmp_path: Path, content: object, message: str) 
     with pytest.raises(DataError, match=message) as caught:
         SemanticIDs.read(file)
     assert str(caught.value).endswith(".")
+
+
+def test_the_signal_that_a_build_records_is_kept_even_if_it_is_none(tmp_path: Path) -> None:
+    for place, signal in enumerate(("own", "letter", None)):
+        ids = SemanticIDs.read(write_build(tmp_path / f"ids{place}", collaborative=signal, split=None))
+        assert ids.origin == {"collaborative": signal}
+    assert SemanticIDs.read(write_build(tmp_path / "before")).origin == {}
+    artefact = write_artefact(tmp_path / "artefact", {})
+    (artefact / "item_tokenizer").mkdir()
+    (artefact / "item_tokenizer" / "semantic_ids.json").write_text('{"collaborative": "own", "arguments": {}}')
+    write_manifest(artefact)
+    assert SemanticIDs.read(artefact).origin["collaborative"] == "own"
+
+
+@pytest.mark.parametrize("token", ["1" * 200_000 + " x", "1" * 200_000 + " x1", "x " * 100_000, "1 " * 100_000])
+def test_a_huge_token_takes_linear_time(token: str) -> None:
+    begun = time.process_time()
+    ids = SemanticIDs.from_mapping({"x": [token], "y": ["2"]})
+    assert time.process_time() - begun < 1
+    assert ids.codes[0] != ids.codes[1]
+
+
+def test_half_characters(tmp_path: Path) -> None:
+    (tmp_path / "tokens.json").write_text('{"a\\ud83d": ["<a_1>"], "b": ["<a_0>"]}')
+    with pytest.raises(DataError, match=r"The item id 'a\\ud83d' holds half of a character .*\. [A-Z].*\.$"):
+        SemanticIDs.read(tmp_path / "tokens.json")
+    (tmp_path / "tokens.json").write_text('{"a\\ud83d\\ude00": ["<a_1>"], "b": ["<a_0>"]}')
+    ids = SemanticIDs.read(tmp_path / "tokens.json")
+    assert ids.item_ids == ["a\N{GRINNING FACE}", "b"]
+    assert ids.with_titles({"b": "half \ud83d of it"}).titles == ["a\N{GRINNING FACE}", "half ? of it"]
 
 
 @pytest.mark.parametrize(

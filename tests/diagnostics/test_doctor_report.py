@@ -12,10 +12,12 @@ import pytest
 from kinds import ids_of
 
 from llmrec.data.split import Split
+from llmrec.diagnostics import report as module
 from llmrec.diagnostics.ceiling import beam_recall
+from llmrec.diagnostics.evidence import CASES, NEIGHBOURS
 from llmrec.diagnostics.identifiers import SemanticIDs
 from llmrec.diagnostics.neighbours import co_sold, nearest_texts
-from llmrec.diagnostics.report import CASES, CURVE_POINTS, GROUP_ITEMS, GROUPS, KS, NEIGHBOURS, TOP, WIDTHS, report
+from llmrec.diagnostics.report import CURVE_POINTS, GROUP_ITEMS, GROUPS, KS, TOP, WIDTHS, report
 from llmrec.evaluation.baselines import ItemCF
 from llmrec.exceptions import DataError
 
@@ -37,6 +39,17 @@ def renamed(split: Split, order: Sequence[int]) -> Split:
     place = np.argsort(order)
     names = [split.item_ids[row] for row in order]
     return replace(split, item_ids=names, rows=place[split.rows].astype(np.int32))
+
+
+def unseen(codes: np.ndarray, split: Split, place: dict[int, int]) -> list[int]:
+    """For every test target that has a place, how many items on its ID its user could still be shown."""
+    found = []
+    for history, target in zip(split.histories("test"), split.targets("test").tolist(), strict=True):
+        if target in place:
+            had = {place[row] for row in history.tolist() if row in place} - {place[target]}
+            same = (codes == codes[place[target]]).all(axis=1)
+            found.append(sum(bool(same[row]) and row not in had for row in range(len(codes))))
+    return found
 
 
 def purity(codes: np.ndarray, pairs: list[tuple[int, int]], length: int) -> float:
@@ -94,7 +107,8 @@ def test_the_figures_are_those_of_plain_loops(found: Table) -> None:
         assert found["neighbours"]["co_sold"][length - 1]["pairs"] == len(pairs)
     assert found["neighbour_purity"] == found["neighbours"]["co_sold"][0]["purity"]
     assert found["neighbour_kind"] == "co_sold"
-    sizes = [groups[tuple(codes[target].tolist())] for target in split.targets("test")]
+    sizes = unseen(codes, split, {row: row for row in range(60)})
+    assert sizes != [groups[tuple(codes[target].tolist())] for target in split.targets("test")]
     for k in KS:
         assert found["ceiling"]["collision"][f"HR@{k}"] == pytest.approx(np.mean([min(k, g) / g for g in sizes]))
     assert (found["ceiling"]["basis"], found["ceiling"]["targets"]) == ("test targets", 80)
@@ -107,6 +121,36 @@ def test_beams_are_tried_with_item_cf_on_the_training_histories(found: Table) ->
     asked = [np.asarray(history) for history in split.histories("test")]
     assert found["ceiling"]["beam"] == json.loads(json.dumps(beam_recall(ids.codes, model.scores, asked, WIDTHS, TOP)))
     assert found["ceiling"]["reference"].startswith("item-CF")
+
+
+def test_beams_are_tried_on_random_codes_of_the_same_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def searched(codes: np.ndarray, *given: Any, **options: Any) -> Table:
+        tried.append(codes)
+        return beam_recall(codes, *given, **options)
+
+    monkeypatch.setattr(module, "beam_recall", searched)
+    ids = replace(random_ids(14), codebook_sizes=(5, 4, 1000))
+    found = report(ids, split=random_log(14))
+    own, random = tried
+    assert own is ids.codes
+    assert random.shape == (60, 3)
+    assert (random < [5, 4, 60]).all()  # no more codes than items
+    assert len(np.unique(random[:, 2])) > 30
+    assert found["ceiling"]["beam_random"]["recall"].keys() == found["ceiling"]["beam"]["recall"].keys()
+    again = report(ids, split=random_log(14))
+    assert again["ceiling"]["beam_random"] == found["ceiling"]["beam_random"]
+    np.testing.assert_array_equal(random, tried[3])
+    report(ids, split=random_log(14), seed=1)
+    assert (random != tried[5]).any()
+    tried.clear()
+    appended = replace(random_ids(14, sizes=(3, 2, 60)), quantised_levels=2)
+    report(appended, split=random_log(14))
+    digits = tried[1]
+    for row in range(60):
+        assert digits[row, 2] == (digits[:row, :2] == digits[row, :2]).all(axis=1).sum()
+    assert report(ids)["ceiling"]["beam_random"] is None
 
 
 def test_the_order_of_the_log_s_items_is_no_matter(found: Table) -> None:
@@ -141,9 +185,8 @@ def test_items_of_the_log_without_an_id_are_left_out_and_their_targets_missed() 
     pairs = [(int(a[1:]), int(b[1:])) for a, b in sold_pairs(split) if int(a[1:]) < 40 and int(b[1:]) < 40]
     assert found["neighbours"]["co_sold"][1]["purity"] == pytest.approx(purity(part.codes, pairs, 2))
     targets = split.targets("test").tolist()
-    groups = Counter(map(tuple, part.codes.tolist()))
-    one = [1 / groups[tuple(part.codes[target].tolist())] if target < 40 else 0.0 for target in targets]
-    assert found["ceiling"]["collision"]["HR@1"] == pytest.approx(np.mean(one))
+    one = [1 / size for size in unseen(part.codes, split, {row: row for row in range(40)})]
+    assert found["ceiling"]["collision"]["HR@1"] == pytest.approx(sum(one) / 80)
     assert found["ceiling"]["targets"] == 80
     assert found["ceiling"]["targets_without_id"] == sum(target >= 40 for target in targets)
     model = ItemCF().fit(split.train, 60)
@@ -179,14 +222,13 @@ def test_others_are_compared_on_the_items_that_both_have() -> None:
     asked = [
         np.array([place[int(row)] for row in history if int(row) in place]) for history in split.histories("test")
     ]
-    targets = [place[int(target)] for target in split.targets("test") if int(target) in place]
     for side, codes in tables.items():
         figures, groups = compared[side], Counter(map(tuple, codes.tolist()))
         assert figures["items"] == 45
         assert figures["collision_rate"] == pytest.approx(1 - len(groups) / 45)
         assert figures["neighbour_purity"] == pytest.approx(purity(codes, pairs, 1))
         assert figures["collision_ceiling"]["HR@1"] == pytest.approx(
-            np.mean([1 / groups[tuple(codes[target].tolist())] for target in targets])
+            np.mean([1 / size for size in unseen(codes, split, place)])
         )
         kept = [history.astype(int) for history in asked]
         beam = beam_recall(codes, lambda b: model.scores([rows[h] for h in b])[:, rows], kept, WIDTHS, TOP)

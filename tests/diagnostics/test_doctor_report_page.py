@@ -21,7 +21,7 @@ SECTIONS = (
     "The tree of codes",
     "Items that share an ID",
     "Neighbours",
-    "What a perfect model would reach",
+    "What sharing and beams cost",
     "Reconstruction",
     "Beside other tokenizers",
 )
@@ -85,6 +85,10 @@ def test_figures_are_those_of_the_report(found: dict[str, Any]) -> None:
     assert f"{100 * first['chance']:.1f} %" in joined
     recall = found["ceiling"]["beam"]["recall"]
     assert f"a beam search keeps {100 * recall['10']:.1f} % with 10, {100 * recall['20']:.1f} % with 20" in joined
+    random = found["ceiling"]["beam_random"]["recall"]
+    assert f"; through random codes of these sizes {100 * random['10']:.1f} % with 10, " in joined
+    assert "It bounds no model" in joined
+    assert "what their users had before" in joined
     assert f"{found['ceiling']['collision']['HR@1']:.4f}" in joined
     assert f"{found['reconstruction']['relative']:.4f}" in joined
     other = found["others"][0]

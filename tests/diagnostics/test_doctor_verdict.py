@@ -2,6 +2,7 @@
 
 import copy
 import re
+from pathlib import Path
 from typing import Any
 
 import kinds
@@ -205,12 +206,128 @@ def test_a_beam_that_loses_what_is_best(healthy: dict[str, Any]) -> None:
     spread[:, 1] = np.arange(600) % 20
     found = examined(np.column_stack([spread, np.arange(600) // 20]))
     assert found["ceiling"]["beam"]["recall"]["10"] < healthy["ceiling"]["beam"]["recall"]["10"]
-    for recall, level in (({"20": 0.5, "50": 0.94}, "warning"), ({"20": 0.89, "50": 0.96}, "note")):
-        changed = copy.deepcopy(healthy)
-        changed["ceiling"]["beam"]["recall"] = recall
-        (finding, *_) = verdicts(changed)
-        assert (finding["check"], finding["level"]) == ("ceiling of the beam", level)
-        assert f"{100 * recall['20']:.1f} % with 20, {100 * recall['50']:.1f} % with 50 beams" in finding["sentence"]
+    assert found["ceiling"]["beam_random"]["recall"]["10"] < healthy["ceiling"]["beam"]["recall"]["10"]
+
+
+@pytest.mark.parametrize(
+    ("recall", "random", "level"),
+    [
+        ({"20": 0.5, "50": 0.8}, 0.83, "warning"),
+        ({"20": 0.5, "50": 0.8}, 0.81, "note"),  # within what the cases leave open
+        ({"20": 0.5, "50": 0.8}, 0.4, "note"),
+        ({"20": 0.5, "50": 0.8}, None, "note"),
+        ({"20": 0.5, "50": 0.96}, 1.0, "note"),
+        ({"20": 0.91, "50": 0.96}, 1.0, None),
+    ],
+)
+def test_what_beams_keep_is_judged_beside_random_codes(
+    healthy: dict[str, Any], recall: dict[str, float], random: float | None, level: str | None
+) -> None:
+    changed = copy.deepcopy(healthy)
+    changed["ceiling"]["beam"]["recall"] = recall
+    changed["ceiling"]["beam_random"]["recall"]["50"] = random
+    told = {finding["check"]: finding for finding in verdicts(changed)}
+    if level is None:
+        assert set(told) == {"health"}
+        return
+    assert told["beams"]["level"] == level
+    words = told["beams"]["sentence"]
+    assert f"{100 * recall['20']:.1f} % with 20, {100 * recall['50']:.1f} % with 50 beams" in words
+    assert ("less than random codes keep" in words) is (level == "warning")
+    assert ("through random codes" in words) is (random is not None)
+    assert ("A model that is surer of itself than this reference loses less" in words) is (level == "note")
+    assert "No model" not in words
+    changed["source"]["quantizer"] = "hash"
+    assert next(one for one in verdicts(changed) if one["check"] == "beams")["level"] == "note"
+
+
+# What semantic_ids/build.py has for each quantizer; --quantizer itself and what follows it is for all.
+OF_ALL = {"--num-levels", "--collisions"}
+OF_VECTORS = {"--interactions", "--collaborative-weight", "--text-columns"}
+FLAGS = {
+    "rkmeans": OF_ALL | OF_VECTORS | {"--codebook-size", "--balanced", "--normalise-residuals"},
+    "rqvae": OF_ALL | OF_VECTORS | {"--codebook-size", "--epochs"},
+    "rvq": OF_ALL | OF_VECTORS | {"--codebook-size"},
+    "pq": OF_ALL | OF_VECTORS | {"--codebook-size"},
+    "opq": OF_ALL | OF_VECTORS | {"--codebook-size"},
+    "fsq": OF_ALL | OF_VECTORS | {"--fsq-levels"},
+    "hash": OF_ALL | {"--codebook-size"},
+    "titles": {"--num-levels", "--codebook-size"},
+    None: OF_ALL | OF_VECTORS | {"--codebook-size"},
+}
+
+
+@pytest.fixture(scope="module")
+def sick(healthy: dict[str, Any]) -> list[dict[str, Any]]:
+    """Reports that have every disease between them."""
+    rows, table = np.arange(600), kinds.codes()
+    rare = np.where(rows % 25 == 0, table[:, 0], 0)
+    record = {"policy": "reassign", "items": 600, "collision_rate": 0.2, "sharing_rate": 0.6, "largest_group": 4}
+    record |= {"moved_items": 90, "distortion_before": 2.0, "added_distortion": 0.2}
+    lost = copy.deepcopy(healthy)
+    lost["ceiling"]["beam"]["recall"] = {"50": 0.5}
+    equal = kinds.texts()
+    equal[:100] = equal[0]
+    shuffled = np.random.default_rng(4).permutation(kinds.texts())
+    return [
+        lost,
+        examined(table, (24, 256, 5)),
+        examined(np.column_stack([table[:, 0], rare, rows % 25]), origin={"collisions": record}),
+        examined(table // [1, 1, 2]),
+        examined(np.column_stack([np.where(rows < 200, 1 + rows % 63, 0), rows % 25, rows // 25]), (64, 25, 24)),
+        examined(np.column_stack([table, table[:, 2]])),
+        examined(np.column_stack([table[:, :2], table[:, 1]])),
+        examined(np.column_stack([rows, rows % 2])),
+        examined(np.stack(np.unravel_index(rows, (200, 3)), axis=1)),
+        examined(np.random.default_rng(1).permutation(table)),
+        examined(table, sold=np.random.default_rng(2).permutation(table[:, 0])),
+        examined(table, vectors=shuffled, quantizer=kinds.kind_points(), texts=shuffled),
+        examined(table, texts=equal),
+        report(ids_of(table).with_titles({f"i{row}": "same" for row in range(200)})),
+    ]
+
+
+def told_of(sick: list[dict[str, Any]], quantizer: str | None) -> list[dict[str, Any]]:
+    """The findings on the same codes as if this quantizer had made them."""
+    changed = [one | {"source": one["source"] | {"quantizer": quantizer}} for one in sick]
+    return [finding for one in changed for finding in verdicts(one) if finding["check"] != "health"]
+
+
+def test_the_sick_have_every_disease(sick: list[dict[str, Any]]) -> None:
+    checks = {"dead codes", "uneven codes", "collisions", "collisions as quantised", "cost of reassignment", "beams"}
+    checks |= {"giant prefix", "level without information", "more levels than needed", "IDs like names"}
+    checks |= {"few items for the codebook", "codes like a hash", "codes beside the sales", "codes beside the texts"}
+    assert {finding["check"] for finding in told_of(sick, "rkmeans")} >= checks | {"reconstruction", "equal titles"}
+
+
+@pytest.mark.parametrize("quantizer", FLAGS)
+def test_only_flags_that_a_quantizer_has_are_advised(sick: list[dict[str, Any]], quantizer: str | None) -> None:
+    advised = set()
+    for finding in told_of(sick, quantizer):
+        assert finding["sentence"].endswith(".")
+        assert re.search(r"[.:;] [A-Z]", finding["sentence"]), finding
+        own = re.sub(r"--quantizer( rkmeans( with( --[a-z-]+)( with a --[a-z-]+)?)?)?", "", finding["sentence"])
+        advised |= set(re.findall(r"--[a-z-]+", own))
+    assert advised <= FLAGS[quantizer]
+    assert advised >= FLAGS[quantizer] - {"--text-columns"} - OF_ALL - OF_VECTORS
+    stages = Path(__file__).parents[2] / "semantic_ids"
+    known = (stages / "build.py").read_text() + (stages / "embed.py").read_text()
+    for flag in advised:
+        assert f"    {flag[2:].replace('-', '_')}: " in known or flag == "--text-columns", flag
+
+
+def test_steps_and_controls_are_not_told_of_centroids(sick: list[dict[str, Any]]) -> None:
+    told = [one for one in told_of(sick, "fsq") if one["check"] in ("dead codes", "uneven codes", "IDs like names")]
+    assert {one["check"] for one in told} == {"dead codes", "uneven codes", "IDs like names"}
+    assert all(one["level"] == "note" and "--fsq-levels" in one["sentence"] for one in told)
+    assert "few items for the codebook" not in {finding["check"] for finding in told_of(sick, "fsq")}
+    for quantizer in ("hash", "titles"):
+        checks = {finding["check"] for finding in told_of(sick, quantizer)}
+        assert not checks & {"few items for the codebook", "dead codes", "uneven codes"}
+        assert "giant prefix" in checks
+    for quantizer in ("rkmeans", "rqvae", "rvq", "pq", "opq", None):
+        warned = {finding["check"] for finding in told_of(sick, quantizer) if finding["level"] == "warning"}
+        assert warned >= {"few items for the codebook", "dead codes", "uneven codes", "IDs like names"}
 
 
 def test_equal_texts_and_titles() -> None:

@@ -3,11 +3,14 @@
 import json
 from collections import Counter
 from fractions import Fraction
+from typing import Any
 
+import faiss
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.spatial import cKDTree
 
 from llmrec.diagnostics import co_sold, nearest_texts, neighbour_purity
 from llmrec.diagnostics import neighbours as module
@@ -143,6 +146,49 @@ def test_a_sample_asks_about_some_items_and_answers_the_same() -> None:
     assert 9 not in everything
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_equal_vectors_are_searched_once_and_found_all(data: st.DataObject) -> None:
+    width = data.draw(st.integers(1, 3))
+    some = st.lists(st.integers(-2, 2), min_size=width, max_size=width)
+    few = data.draw(st.lists(some, min_size=1, max_size=5))  # so that most have many equals, in any order
+    vectors = data.draw(st.lists(st.sampled_from(few), min_size=1, max_size=40))
+    k = data.draw(st.integers(1, 45))
+    sample = data.draw(st.none() | st.integers(1, 40))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_SPARE", data.draw(st.sampled_from([0, 22])))
+        patch.setattr(module, "_QUERIES", data.draw(st.sampled_from([1, 1024])))
+        rows, found = nearest_texts(np.array(vectors, dtype=np.float32), k, sample)
+    assert found.tolist() == [nearest_exactly(vectors, k)[row] for row in rows]
+
+
+def test_many_equal_vectors_are_searched_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    vectors = generator.normal(size=(3000, 8)).astype(np.float32)
+    vectors[generator.permutation(3000)[:2000]] = vectors[0]
+    vectors[5] = -0.0  # no cosine, with a sign or without
+    vectors[6:8] = [[1, 0, 0, 0, 0, 0, 0, 0], [1, -0.0, 0, 0, 0, 0, 0, 0]]
+    searched = []
+    knn = faiss.knn
+
+    def counted(queries: np.ndarray, unit: np.ndarray, depth: int, metric: int) -> Any:
+        searched.append((len(queries), len(unit), depth))
+        return knn(queries, unit, depth, metric)
+
+    monkeypatch.setattr(faiss, "knn", counted)
+    _, found = nearest_texts(vectors, 10)
+    distinct = len(set(map(tuple, vectors.tolist()))) - 1
+    assert sum(queries for queries, _, _ in searched) == distinct
+    assert {unit for _, unit, _ in searched} == {distinct}
+    assert max(depth for _, _, depth in searched) < 40
+    alike = np.flatnonzero((vectors == vectors[0]).all(axis=1))
+    assert found[alike[0]].tolist() == alike[1:11].tolist()
+    assert found[alike[4]].tolist() == [*alike[:4], *alike[5:11]]
+    assert found[alike[50]].tolist() == found[alike[-1]].tolist() == alike[:10].tolist()
+    assert (found[5] == -1).all()
+    assert 5 not in found
+
+
 def purity_by_loops(codes: list, neighbours: list, rows: list) -> list[dict]:
     result = []
     for length in range(1, len(codes[0]) + 1):
@@ -221,6 +267,57 @@ def test_the_interval_covers_and_knows_of_clusters() -> None:
     assert 0.91 <= covered / 300 <= 0.985
     # As many independent pairs would give an interval about a third as wide.
     assert np.mean(widths) == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 80), rel=0.1)
+
+
+def nearest_points(dimension: int, items: int) -> np.ndarray:
+    """(N, 10) the nearest of random points: mostly mutual in 3 dimensions, with hubs in 64."""
+    points = np.random.default_rng(dimension).normal(size=(items, dimension))
+    return cKDTree(points).query(points, 11)[1][:, 1:]
+
+
+@pytest.mark.parametrize(("dimension", "hub"), [(3, 15), (64, 100)])
+@pytest.mark.parametrize(("size", "skew"), [(8, 0.0), (16, 0.0), (32, 1.0)])
+def test_the_interval_of_random_codes_covers(dimension: int, hub: int, size: int, skew: float) -> None:
+    """Pairs are often there twice, once from each side, and hubs are the neighbours of many."""
+    near = nearest_points(dimension, 500)
+    assert np.bincount(near.ravel()).max() > hub
+    chances = np.arange(1, size + 1) ** -skew
+    chances /= chances.sum()
+    expected = chances @ chances
+    generator = np.random.default_rng(0)
+    covered = 0
+    for _ in range(600):
+        (found,) = neighbour_purity(generator.choice(size, (500, 1), p=chances), near)
+        low, high = found["interval95"]
+        covered += low <= expected <= high
+    assert 0.92 <= covered / 600 <= 0.985
+
+
+def interval_by_loops(codes: list[int], pairs: list[tuple[int, int]]) -> tuple[float, float]:
+    """By the double sum over all pairs of pairs that have an item in common."""
+    same = [codes[a] == codes[b] for a, b in pairs]
+    share = sum(same) / len(pairs)
+    left = [one - share for one in same]
+    dyadic = owners = twos = 0.0
+    for (a, b), first in zip(pairs, left, strict=True):
+        for (c, d), second in zip(pairs, left, strict=True):
+            dyadic += first * second if {a, b} & {c, d} else 0
+            owners += first * second if a == c else 0
+            twos += first * second if {a, b} == {c, d} else 0
+    count = len({a for a, _ in pairs})
+    half = 1.959963984540054 * (count / (count - 1) * max(dyadic, owners, twos)) ** 0.5 / len(pairs)
+    return max(0.0, share - half), min(1.0, share + half)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_interval_is_the_double_sum(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    codes = generator.integers(0, 1 + seed % 3 + 1, 14)
+    near = np.stack([generator.permutation([row for row in range(14) if row != own])[:3] for own in range(14)])
+    near[generator.random(near.shape) < 0.2] = -1
+    pairs = [(row, int(other)) for row in range(14) for other in near[row] if other >= 0]
+    (found,) = neighbour_purity(codes[:, None], near)
+    assert found["interval95"] == pytest.approx(interval_by_loops(codes.tolist(), pairs))
 
 
 def test_without_pairs_there_is_no_purity() -> None:

@@ -84,3 +84,6 @@ def test_misuse_is_refused() -> None:
         cooccurrence([np.array([0, 3])], 3)
     with pytest.raises(DataError, match="window of 0"):
         cooccurrence([np.array([0, 1])], 3, window=0)
+    for dim in (0, -1):
+        with pytest.raises(DataError, match=f"collaborative embedding {dim} wide"):
+            cooccurrence_embeddings([np.array([0, 1])], 3, dim)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from llmrec.embedding import encode_texts, encoder, resolve_model
+from llmrec.embedding import EmbeddingModel, encode_texts, encoder, resolve_model
 from llmrec.embedding.encoder import MINILM, MINILM_SHA256, encode_in_shards
 from llmrec.exceptions import ArtefactError, DataError
 from llmrec.storage import sha256_of
@@ -129,6 +129,46 @@ def test_a_torn_part_is_embedded_again(tmp_path: Path) -> None:
     assert fake.calls == 2
 
 
+def bad_parts() -> dict[str, np.ndarray]:
+    whole = np.ones((8, 3), dtype=np.float32)
+    hole = whole.copy()
+    hole[7, 2] = np.nan
+    return {
+        "width": whole[:, :1],
+        "rows": whole[:7],
+        "type": whole.astype(np.float64),
+        "whole numbers": whole.astype(np.int32),
+        "a list": whole[:, 0],
+        "three axes": whole[:, :, None],
+        "no width": whole[:, :0],
+        "not finite": hole,
+    }
+
+
+@pytest.mark.parametrize("place", [0, 1, -2])
+@pytest.mark.parametrize("kind", bad_parts())
+def test_a_part_that_no_run_would_write_is_made_again(kind: str, place: int, tmp_path: Path) -> None:
+    sizes = {"batch_size": 4, "shard_size": 8, "width": 3}
+    whole = encode_in_shards(TEXTS, FakeEncoder(), work_folder=tmp_path, **sizes)
+    shard = sorted(tmp_path.rglob("shard-*.safetensors"))[place]
+    save_file({"vectors": np.ascontiguousarray(bad_parts()[kind])}, shard)
+    fake = FakeEncoder()
+    np.testing.assert_array_equal(encode_in_shards(TEXTS, fake, work_folder=tmp_path, **sizes), whole)
+    assert fake.calls == 2
+
+
+def test_parts_of_two_widths_are_never_mixed(tmp_path: Path) -> None:
+    """Of an encoder whose width is not known, a first part is believed, but not against what comes next."""
+    sizes = {"batch_size": 4, "shard_size": 8}
+    encode_in_shards(TEXTS, FakeEncoder(), work_folder=tmp_path, **sizes)
+    first = min(tmp_path.rglob("shard-*.safetensors"))
+    save_file({"vectors": np.ones((8, 1), dtype=np.float32)}, first)
+    with pytest.raises(DataError, match=r"vectors of 3 numbers, those before have 1\. Delete .* and run it again"):
+        encode_in_shards(TEXTS, FakeEncoder(), work_folder=tmp_path, **sizes)
+    with pytest.raises(DataError, match=r"those before have 8\. Use another model"):
+        encode_in_shards(TEXTS, lambda some: np.ones((len(some), len(some)), np.float32), batch_size=8, shard_size=8)
+
+
 def test_bad_input_and_bad_output_are_refused() -> None:
     with pytest.raises(DataError, match="no texts"):
         encode_in_shards([], FakeEncoder())
@@ -141,6 +181,8 @@ def test_bad_input_and_bad_output_are_refused() -> None:
         )
     with pytest.raises(DataError, match="no encoder"):
         encode_texts(TEXTS, resolve_model("static"))
+    with pytest.raises(DataError, match=r"^0 tokens of a text"):
+        encode_texts(TEXTS, EmbeddingModel("m", Path("nowhere"), "0"), max_tokens=0)
 
 
 @needs_minilm
@@ -182,6 +224,49 @@ def test_a_folder_is_taken_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     model = resolve_model(str(tmp_path))
     assert (model.folder, model.weights_sha256) == (tmp_path, sha256_of(tmp_path / "model.safetensors"))
+
+
+def test_the_same_weights_with_another_configuration_are_another_model(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    (tmp_path / "vocab.txt").write_text("a\nb\n")
+    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+    known = [resolve_model(str(tmp_path)).config_sha256]
+    # What is not the model's own, or not its configuration, does not count.
+    for name in ("onnx/config.json", ".cache/download/state.json", "README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert resolve_model(str(tmp_path)).config_sha256 == known[0]
+    for name, content in (
+        ("1_Pooling/config.json", '{"pooling_mode_mean_tokens": false}'),
+        ("vocab.txt", "b\na\n"),
+        ("tokenizer.model", "other pieces"),
+        ("modules.json", "[]"),
+    ):
+        (tmp_path / name).write_text(content)
+        known.append(resolve_model(str(tmp_path)).config_sha256)
+    (tmp_path / "modules.json").rename(tmp_path / "module.json")
+    known.append(resolve_model(str(tmp_path)).config_sha256)
+    assert len(set(known)) == 6
+    assert len({resolve_model(str(tmp_path)).weights_sha256, sha256_of(tmp_path / "model.safetensors")}) == 1
+
+
+@needs_minilm
+def test_parts_of_another_pooling_are_not_taken_up(tmp_path: Path) -> None:
+    texts, work = ["a steel bolt", "a glove"], tmp_path / "work"
+    default = resolve_model()
+    mean = encode_texts(texts, default, device="cpu", work_folder=work)
+    folder = folder_of(tmp_path)
+    pooling = json.loads((folder / "1_Pooling" / "config.json").read_text())
+    pooling |= {"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": True}
+    (folder / "1_Pooling" / "config.json").unlink()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    model = resolve_model(str(folder))
+    assert model.weights_sha256 == default.weights_sha256
+    first = encode_texts(texts, model, device="cpu", work_folder=work)
+    assert np.abs(first - mean).max() > 1e-2
+    assert len(list(work.iterdir())) == 2
 
 
 def test_a_hub_id_is_downloaded_and_its_failure_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

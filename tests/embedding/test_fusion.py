@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llmrec.embedding import Fusion
+from llmrec.embedding import Fusion, Whitening
 from llmrec.exceptions import ArtefactError, DataError
 
 
@@ -39,6 +39,43 @@ def test_text_is_its_principal_components_half_whitened(blocks) -> None:
     )
 
 
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("text_dim", "kept"), [(None, 4), (6, 6), (99, 10)])
+def test_whitened_text_is_cut_centred_and_scaled_and_no_more(blocks, power: float, text_dim, kept: int) -> None:
+    text, collaborative = blocks
+    white = Whitening.fit(text, power=power).transform(text).astype(np.float64) + 3
+    fusion = Fusion.fit(white, collaborative, 0.3, text_dim, whitened=True)
+    centred = white[:, :kept] - white[:, :kept].mean(axis=0)
+    expected = centred * np.sqrt(0.7) / np.linalg.norm(centred, axis=1).mean()
+    fused = fusion.transform(white, collaborative)
+    np.testing.assert_allclose(fused[:, :kept], expected, atol=1e-5)
+    plain = Fusion.fit(text, collaborative, 0.3)
+    np.testing.assert_allclose(fused[:, kept:], plain.transform(text, collaborative)[:, 4:], atol=1e-5)
+    np.testing.assert_array_equal(fusion.transform(white[:5]), fused[:5])
+
+
+def explained(text: np.ndarray, block: np.ndarray) -> float:
+    """The share of the text's variance that lies in the span of a block's columns."""
+    centred = text - text.mean(axis=0)
+    basis, _ = np.linalg.qr(block - block.mean(axis=0))
+    return float(np.linalg.norm(basis.T @ centred) ** 2 / np.linalg.norm(centred) ** 2)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_whitening_costs_the_fused_text_no_variance(power: float) -> None:
+    generator = np.random.default_rng(1)
+    rotation, _ = np.linalg.qr(generator.normal(size=(40, 40)))
+    text = (generator.normal(size=(500, 40)) * 0.8 ** np.arange(40)) @ rotation
+    collaborative = generator.normal(size=(500, 4))
+    largest = np.linalg.svd(text - text.mean(axis=0), compute_uv=False) ** 2
+    white = Whitening.fit(text, power=power).transform(text)
+    block = Fusion.fit(white, collaborative, whitened=True).transform(white, collaborative)[:, :4]
+    assert explained(text, block) == pytest.approx(largest[:4].sum() / largest.sum(), abs=1e-5)
+    # Without the word, fully whitened text keeps four directions of rounding.
+    blind = Fusion.fit(white, collaborative).transform(white, collaborative)[:, :4]
+    assert (explained(text, blind) < 0.5) == (power == 1.0)
+
+
 def test_items_without_a_signal_rely_on_text_alone(blocks) -> None:
     text, collaborative = blocks
     fusion = Fusion.fit(text, collaborative)
@@ -57,6 +94,10 @@ def test_distances_of_collaborative_vectors_keep_their_order(blocks) -> None:
 
 def test_saved_and_loaded(blocks, tmp_path) -> None:
     text, collaborative = blocks
+    whitened = Fusion.fit(text, collaborative, 0.3, whitened=True)
+    whitened.save(tmp_path)
+    again = Fusion.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(again.transform(text, collaborative), whitened.transform(text, collaborative))
     fusion = Fusion.fit(text, collaborative, 0.3)
     fusion.save(tmp_path)
     loaded = Fusion.from_pretrained(tmp_path)
@@ -68,8 +109,9 @@ def test_saved_and_loaded(blocks, tmp_path) -> None:
 
 def test_items_that_are_all_alike_stay_finite() -> None:
     for text in (np.ones((6, 3)), np.zeros((6, 3))):
-        fused = Fusion.fit(text, np.ones((6, 2))).transform(text, np.ones((6, 2)))
-        np.testing.assert_allclose(fused, 0, atol=1e-6)
+        for whitened in (False, True):
+            fused = Fusion.fit(text, np.ones((6, 2)), whitened=whitened).transform(text, np.ones((6, 2)))
+            np.testing.assert_allclose(fused, 0, atol=1e-6)
 
 
 def test_misuse_is_refused(blocks) -> None:

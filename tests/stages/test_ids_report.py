@@ -15,11 +15,13 @@ import pytest
 from markupsafe import escape
 from safetensors.numpy import load_file
 
+from llmrec.artefact import write_manifest
 from llmrec.catalog import Catalog
 from llmrec.data import ColumnNames, Interactions, Items, leave_one_out
 from llmrec.data.arguments import ColumnArguments, SplitArguments
 from llmrec.embedding import EmbeddingStore, Fusion, cooccurrence_embeddings
 from llmrec.exceptions import DataError
+from llmrec.item_tokenizer import copy_tokenizer
 from llmrec.quantization import ResidualKMeans
 
 ROOT = Path(__file__).parents[2]
@@ -170,12 +172,74 @@ def test_whitened_texts_are_restored_and_other_signals_are_not_made_up(data: Pat
     record = json.loads((folder / "semantic_ids.json").read_text())
     measured = record["collisions"]["distortion_before"] + record["collisions"]["added_distortion"]
     assert found["reconstruction"]["mse"] == pytest.approx(measured, rel=1e-5)
-    for name, value in (("collaborative", "sasrec"), ("collaborative_embeddings", "own")):
-        changed = {**record, "arguments": {**record["arguments"], name: value}}
+    # As the record says; of one from before it did, as the arguments say, unless they are gone.
+    told = ({"collaborative": "sasrec"}, {"collaborative": "own"})
+    before = ({"collaborative": "sasrec"}, {"collaborative_embeddings": "own"})
+    plain = {name: value for name, value in record.items() if name != "collaborative"}
+    changes = [record | one for one in told]
+    changes += [plain | {"arguments": record["arguments"] | one} for one in before]
+    for changed in changes:
         (folder / "semantic_ids.json").write_text(json.dumps(changed))
-        found = report(data / "whitened.json", **given)
-        assert found["reconstruction"] is None
-        assert "did not come from its co-occurrence" in found["skipped"]["reconstruction"]
+        for log in ({}, {"interactions": data / "log.csv"}):
+            found = report(data / "whitened.json", ids=folder, embeddings=data / "embeddings", **log)
+            assert found["reconstruction"] is None
+            assert "did not come from its co-occurrence" in found["skipped"]["reconstruction"]
+    for changed in (record | {"collaborative": "cooccurrence"}, plain):
+        (folder / "semantic_ids.json").write_text(json.dumps(changed))
+        assert report(data / "whitened.json", **given)["reconstruction"] is not None
+
+
+@pytest.mark.parametrize("signal", [None, "letter"])
+def test_codes_from_the_text_alone_are_restored_without_a_log(data: Path, tmp_path: Path, signal: str | None) -> None:
+    """LETTER's too: the log draws its codes together, and is not what they encode."""
+    build(embeddings=data / "embeddings", out=tmp_path / "ids", codebook_size=8, num_levels=2, pca_dim=6)
+    record = json.loads((tmp_path / "ids" / "semantic_ids.json").read_text())
+    changed = record | {"collaborative": signal, "arguments": {"fusion": "letter" if signal else "concat"}}
+    (tmp_path / "ids" / "semantic_ids.json").write_text(json.dumps(changed))
+    found = report(tmp_path / "report.json", ids=tmp_path / "ids", embeddings=data / "embeddings")
+    assert found["skipped"] == {}
+    measured = record["collisions"]["distortion_before"] + record["collisions"]["added_distortion"]
+    assert found["reconstruction"]["mse"] == pytest.approx(measured, rel=1e-5)
+
+
+def test_an_artefact_of_own_signals_says_so_though_its_arguments_lost_the_path(data: Path, tmp_path: Path) -> None:
+    """As `copy_tokenizer` leaves it: the path is stripped, the plain fact stays."""
+    store = EmbeddingStore.load(data / "embeddings")
+    EmbeddingStore(store.item_ids, np.random.default_rng(1).normal(size=(60, 5))).save(tmp_path / "own")
+    inputs = {"embeddings": data / "embeddings", "interactions": data / "log.csv", "items": data / "items.jsonl"}
+    build(**inputs, out=tmp_path / "ids", codebook_size=8, num_levels=2, collaborative_embeddings=tmp_path / "own")
+    record = json.loads((tmp_path / "ids" / "semantic_ids.json").read_text())
+    (tmp_path / "ids" / "semantic_ids.json").write_text(json.dumps(record | {"collaborative": "own"}))
+    copy_tokenizer(tmp_path / "ids", tmp_path / "artefact" / "item_tokenizer")
+    Catalog.from_build(tmp_path / "ids").save(tmp_path / "artefact" / "catalog")
+    settings = {"split": record["split"], "training": {}}
+    (tmp_path / "artefact" / "llmrec.json").write_text(json.dumps(settings))
+    write_manifest(tmp_path / "artefact")
+    given = {"embeddings": data / "embeddings", "interactions": data / "log.csv"}
+    found = report(tmp_path / "report.json", ids=tmp_path / "artefact", **given)
+    assert found["reconstruction"] is None
+    assert "did not come from its co-occurrence" in found["skipped"]["reconstruction"]
+
+
+@pytest.mark.parametrize("flag", ["json", "html"])
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path: Path, flag: str) -> None:
+    stage = loaded("report")
+    (tmp_path / "file").write_text("kept")
+    places = {
+        str(tmp_path): "is a folder",
+        str(tmp_path / "file" / "report"): r"cannot be written \(",
+        "/proc/none/report": r"cannot be written \(",
+        str(tmp_path / ("x" * 300) / "report"): r"cannot be written \(",
+    }
+    for place, message in places.items():
+        arguments = stage.ReportArguments(ids="not read at all", **{flag: place})
+        with pytest.raises(DataError, match=f"--{flag} .* {message}.*\\. Give .*\\.$"):
+            stage.main(arguments, COLUMNS, SplitArguments())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    stage.check_writable("--json", str(tmp_path / "new" / "folder" / "report.json"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    stage.check_writable("--json", str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 def test_a_catalog_and_titles_of_a_table(data: Path) -> None:

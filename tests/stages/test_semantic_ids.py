@@ -96,18 +96,23 @@ def test_vectors_of_ones_own_are_taken_by_row_or_by_id(data: Path, tmp_path: Pat
     vectors = np.random.default_rng(1).normal(size=(41, 6)).astype(np.float16)
     file, ids = tmp_path / "v.safetensors", tmp_path / "ids.txt"
     save_file({"v": vectors}, file)
+    save_file({"v": vectors[:40]}, tmp_path / "forty.safetensors")
     names = [*(f"i{i}" for i in range(40)), "only-here"]
     ids.write_text("\n".join(names[::-1]) + "\n")
-    files = ("--items", data / "items.jsonl", "--interactions", data / "interactions.csv", "--vectors", file)
-    for out, flags, expected in (("rows", (), vectors), ("ids", ("--vector-ids", ids), vectors[::-1])):
-        done = run("embed.py", *files, "--out", tmp_path / out, *flags, *COLUMNS)
+    table, log = ("--items", data / "items.jsonl"), ("--interactions", data / "interactions.csv")
+    cases = (
+        ("rows", ("--vectors", tmp_path / "forty.safetensors"), vectors[:40]),
+        ("ids", (*log, "--vectors", file, "--vector-ids", ids), vectors[::-1]),
+    )
+    for out, flags, expected in cases:
+        done = run("embed.py", *table, *flags, "--out", tmp_path / out, *COLUMNS)
         assert done.returncode == 0, done.stderr
         store = EmbeddingStore.load(tmp_path / out)
-        assert store.item_ids == names
+        assert store.item_ids == names[: len(expected)]
         np.testing.assert_array_equal(store.embeddings, expected.astype(np.float32))
-    again = run("embed.py", *files, "--out", tmp_path / "rows", *COLUMNS)
-    assert "already" in again.stderr
-    alone = run("embed.py", *files[:2], *files[4:], "--out", tmp_path / "alone", *COLUMNS)
+        again = run("embed.py", *table, *flags, "--out", tmp_path / out, *COLUMNS)
+        assert "already" in again.stderr
+    alone = run("embed.py", *table, "--vectors", file, "--out", tmp_path / "alone", *COLUMNS)
     assert alone.returncode == 1
     assert "has 41 rows for 40 items" in alone.stderr
     assert not (tmp_path / "alone").exists()
@@ -248,9 +253,11 @@ QUANTIZERS = {
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_every_quantizer_ends_with_unique_codes_of_its_own(data: Path, embeddings: Path, name: str) -> None:
     out = data / name
-    flags = ("--quantizer", name, "--codebook-size", 8, "--num-levels", 2, "--epochs", 3)
+    own = {"fsq": ("--fsq-levels", 4, 3), "rqvae": ("--codebook-size", 8, "--epochs", 3)}
+    flags = ("--quantizer", name, "--num-levels", 2, *own.get(name, ("--codebook-size", 8)))
     done = run("build.py", "--embeddings", embeddings, "--out", out, *flags)
     assert done.returncode == 0, done.stderr
+    assert f"{name}, 2 × {'[4, 3]' if name == 'fsq' else 8}\n" in done.stderr
     described = json.loads((out / "semantic_ids.json").read_text())
     assert described["quantizer"] == described["arguments"]["quantizer"] == name
     codes = load_file(out / "codes.safetensors")["codes"]
@@ -302,6 +309,8 @@ def test_recipes_name_only_flags_that_exist(data: Path, embeddings: Path) -> Non
             "error: --like takes the older result's weights",
         ),
         ("embed.py", (*EMBED, "--dtype", "int4"), "--dtype"),
+        ("embed.py", (*EMBED, "--max-tokens", "-1"), "error: --max-tokens is -1. Give at least 1"),
+        ("embed.py", (*EMBED, "--vector-columns", "a", "b", "a"), "error: --vector-columns names 'a' twice"),
         ("build.py", ("--embeddings", "absent", "--out", "x"), "error: absent lacks embeddings.safetensors"),
         ("build.py", ("--embeddings", "absent"), "required: --out"),
         ("build.py", ("--embeddings", "absent", "--out", "x", "--levels", "3"), "--levels"),
