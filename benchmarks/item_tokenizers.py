@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="Of tokenizer and training: 0, 1, …")
     parser.add_argument("--epochs", type=float, default=8, help="Passes over the training rows.")
     parser.add_argument("--cases", type=int, default=4000, help="Test cases, drawn with one seed; 0: all.")
-    parser.add_argument("--reports-only", action="store_true", help="Build and look over, train nothing.")
+    parser.add_argument("--reports-only", nargs="+", default=[], help="Data sets to build and look over, no training.")
     add_flags(parser)
     options = parser.parse_args()
     if options.quick:
@@ -65,7 +65,9 @@ def main() -> None:
         options.datasets = ["sample"]
     before = environment()
     begin = time.perf_counter()
-    found = {name: measure(*prepared(name, options), options) for name in options.datasets}
+    found = {
+        name: measure(*prepared(name, options), options, name not in options.reports_only) for name in options.datasets
+    }
     ratios = {}
     for name, rows in found.items():
         for tokenizer, row in rows.items():
@@ -105,15 +107,15 @@ def prepared(name: str, options: argparse.Namespace) -> tuple[Path, list[str], l
 
 
 def measure(
-    runs: Path, items: list[str], interactions: list[str], options: argparse.Namespace
+    runs: Path, items: list[str], interactions: list[str], options: argparse.Namespace, train: bool
 ) -> dict[str, dict[str, Any]]:
     """Every tokenizer's report of seed 0, and what its model reaches over the seeds."""
     scores: dict[str, list[dict[str, Any]]] = {name: [] for name in options.tokenizers}
-    for seed in range(options.seeds):  # seed by seed, so that an interrupted run has whole rows of all
+    for seed in range(options.seeds if train else 1):  # seed by seed, so that an interrupted run has whole rows of all
         for name in options.tokenizers:
             folder = runs / f"{name}-{seed}"
             built(name, seed, folder, [*items, *interactions], runs / "embeddings")
-            if not options.reports_only:
+            if train:
                 scores[name].append(trained(seed, folder, interactions, options))
     rows: dict[str, dict[str, Any]] = {}
     for name in options.tokenizers:
