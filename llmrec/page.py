@@ -19,6 +19,7 @@ from llmrec.exceptions import DataError
 from llmrec.storage import atomic_path
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Level = Literal["ok", "note", "warning"]
@@ -203,6 +204,17 @@ class Page:
         """Writes the file in UTF-8, whole or not at all."""
         with atomic_path(path) as temporary:
             temporary.write_text(self.render(), encoding="utf-8")
+
+
+def plot(height: float = 3.4) -> "tuple[Figure, Axes]":
+    """A figure of a page's width and `height` inches, in its manner, and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_facecolor("none")
+    return figure, axes
 
 
 def _clean(text: str) -> str:

@@ -2,13 +2,9 @@
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llmrec.page import Page
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from llmrec.page import Page, plot
 
 # Two colours that can be told apart in the light, in the dark, and by those who see fewer.
 _BLUE, _ORANGE, _GREY = "#3b82c4", "#d9822b", "#8a8f98"
@@ -49,10 +45,10 @@ def _lengths(found: Page, lengths: dict[str, Any]) -> None:
     found.paragraph("How many interactions users have: what a model's longest history must hold.")
     if not lengths["counts"]:
         return
-    figure, axes = _plot()
+    figure, axes = plot()
     axes.stairs(lengths["counts"], lengths["edges"], fill=True, color=_BLUE)
     axes.set_xscale("log")
-    _labels(axes, "interactions of a user", "users")
+    axes.set(xlabel="interactions of a user", ylabel="users")
     quantiles = lengths["quantiles"]
     found.figure(
         figure,
@@ -69,11 +65,11 @@ def _popularity(found: Page, popularity: dict[str, Any], counts: dict[str, Any])
     )
     curve = popularity["curve"]
     if curve is not None:
-        figure, axes = _plot()
+        figure, axes = plot()
         axes.plot(curve["rank"], curve["interactions"], marker="o", markersize=3, color=_BLUE)
         axes.set_xscale("log")
         axes.set_yscale("log")
-        _labels(axes, "rank of the item", "training interactions")
+        axes.set(xlabel="rank of the item", ylabel="training interactions")
         found.figure(
             figure,
             f"The most popular 1 % of the items have {_percent(popularity['top_1_share'])} of the training "
@@ -91,7 +87,7 @@ def _times(found: Page, times: dict[str, Any] | None) -> None:
         return
     found.heading("Time")
     found.paragraph("When interactions happened, and how long users waited between two of them.")
-    figure, axes = _plot()
+    figure, axes = plot()
     if times["unix"]:
         from matplotlib.dates import AutoDateFormatter, AutoDateLocator
 
@@ -104,16 +100,16 @@ def _times(found: Page, times: dict[str, Any] | None) -> None:
         edges = times["edges"]
         span = f"From {times['first']:,.0f} to {times['last']:,.0f}, in a unit that is not unix seconds"
     axes.stairs(times["interactions"], edges, fill=True, color=_BLUE)
-    _labels(axes, "day (UTC)" if times["unix"] else "time", "interactions")
+    axes.set(xlabel="day (UTC)" if times["unix"] else "time", ylabel="interactions")
     found.figure(figure, f"{span}; half of the interactions come before {_moment(times)}.")
     shares = times["gap_shares"]
     if shares is not None:
-        figure, axes = _plot(3.2)
+        figure, axes = plot(3.2)
         names = list(shares)
         colours = [_ORANGE if name == "none" else _BLUE for name in names]
         axes.barh(names, [100 * shares[name] for name in names], color=colours)
         axes.invert_yaxis()
-        _labels(axes, "share of a user's neighbouring interactions (%)", "gap")
+        axes.set(xlabel="share of a user's neighbouring interactions (%)", ylabel="gap")
         found.figure(
             figure,
             f"Time between an interaction and its user's one before: {_percent(shares['none'])} have none (ties)."
@@ -142,13 +138,13 @@ def _order(found: Page, report: dict[str, Any]) -> None:
     for name, section in fixed.items():
         bars[f"usual order of a pair, {name}"] = 100 * section["agreeing_share"]
         bars[f"usual order of a pair, {name}, by chance"] = 100 * section["chance_share"]
-    figure, axes = _plot(1.2 + 0.45 * len(bars))
+    figure, axes = plot(1.2 + 0.45 * len(bars))
     chance = [name.endswith("by chance") for name in bars]
     axes.barh(list(bars), list(bars.values()), color=[_GREY if plain else _ORANGE for plain in chance])
     axes.axvline(50, color=_GREY, linestyle="--")
     axes.set_xlim(0, 100)
     axes.invert_yaxis()
-    _labels(axes, "share (%); ids by chance: 50 %", "")
+    axes.set(xlabel="share (%); ids by chance: 50 %", ylabel="")
     caption = [f"Ids ascend ({name}) in {share:.1f} %" for name, share in shown.items()]
     caption += [
         f"pairs ({name}) stand in their usual order in {_percent(section['agreeing_share'])}, by chance in "
@@ -231,21 +227,6 @@ def _counts(report: dict[str, Any]) -> Iterator[list[str]]:
     if report["ties"] is not None:
         yield ["Resolution of times", report["ties"]["resolution"]]
         yield ["Interactions without time", f"{report['ties']['unknown_times']:,}"]
-
-
-def _plot(height: float = 3.4) -> "tuple[Figure, Axes]":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_facecolor("none")
-    return figure, axes
-
-
-def _labels(axes: "Axes", horizontal: str, vertical: str) -> None:
-    axes.set_xlabel(horizontal)
-    axes.set_ylabel(vertical)
 
 
 def _protocol(report: dict[str, Any]) -> str:

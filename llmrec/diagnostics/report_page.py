@@ -1,12 +1,8 @@
 """The doctor's report as a page: the verdict first, then codes, tree, collisions, neighbours, beams, comparison."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llmrec.page import Page
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from llmrec.page import Page, plot
 
 # Colours that can be told apart in the light, in the dark, and by those who see fewer.
 _COLOURS = ("#3b82c4", "#d9822b", "#4c9f70", "#a05fb5", "#c0504d", "#8a8f98")
@@ -64,14 +60,14 @@ def _usage(found: Page, report: dict[str, Any]) -> None:
     ]
     header = ["level", "codes", "used", "share", "dead", "perplexity", "bits", "items on the commonest"]
     found.table(header, rows)
-    figure, axes = _plot()
+    figure, axes = plot()
     for place, curve in enumerate(report["code_counts"]):
         colour = _COLOURS[place % len(_COLOURS)]
         axes.plot(curve["rank"], curve["items"], color=colour, label=f"level {place + 1}")
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
-    _labels(axes, "codes by falling number of items", "items on the code")
+    axes.set(xlabel="codes by falling number of items", ylabel="items on the code")
     told = "; ".join(
         f"level {place}: {curve['items'][0]:,} items on the commonest code, {curve['items'][-1]:,} on the rarest"
         for place, curve in enumerate(report["code_counts"], start=1)
@@ -161,7 +157,7 @@ def _neighbours(found: Page, report: dict[str, Any]) -> None:
         for row in lengths
     ]
     found.table(["items", "codes", "alike", "95 % interval", "by chance", "lift", "pairs"], rows)
-    figure, axes = _plot()
+    figure, axes = plot()
     for kind, colour in zip(known, _COLOURS, strict=False):
         lengths = [row for row in known[kind] if row["purity"] is not None]
         prefixes = [row["prefix"] for row in lengths]
@@ -171,7 +167,7 @@ def _neighbours(found: Page, report: dict[str, Any]) -> None:
     axes.set_xticks(range(1, report["levels"] + 1))
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
-    _labels(axes, "first codes", "pairs that have the same (%)")
+    axes.set(xlabel="first codes", ylabel="pairs that have the same (%)")
     told = [
         f"{_percent(rows[0]['purity'])} of the {_PAIRS[kind]} have the same first code, by chance "
         f"{_percent(rows[0]['chance'])}"
@@ -203,7 +199,7 @@ def _ceiling(found: Page, report: dict[str, Any]) -> None:
     if not recall:
         return
     recall.sort()
-    figure, axes = _plot()
+    figure, axes = plot()
     widths = [width for width, _ in recall]
     axes.plot(widths, [100 * share for _, share in recall], marker="o", color=_COLOURS[0], label="of the best items")
     mass = [100 * beam["kept_mass"][str(width)] for width in widths]
@@ -216,7 +212,7 @@ def _ceiling(found: Page, report: dict[str, Any]) -> None:
     axes.set_xticks(widths)
     axes.set_ylim(0, 102)
     axes.legend(frameon=False)
-    _labels(axes, "beams", "kept (%)")
+    axes.set(xlabel="beams", ylabel="kept (%)")
     told = ", ".join(f"{_percent(share)} with {width}" for width, share in recall)
     told_random = ", ".join(f"{_percent(random[width])} with {width}" for width in widths if width in random)
     found.figure(
@@ -280,21 +276,6 @@ def _headline(figures: dict[str, Any]) -> list[str]:
 
 def _level(level: int, report: dict[str, Any]) -> str:
     return str(level) if level <= report["quantised_levels"] else f"{level} (appended)"
-
-
-def _plot(height: float = 3.4) -> "tuple[Figure, Axes]":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_facecolor("none")
-    return figure, axes
-
-
-def _labels(axes: "Axes", horizontal: str, vertical: str) -> None:
-    axes.set_xlabel(horizontal)
-    axes.set_ylabel(vertical)
 
 
 def _optional_percent(share: float | None) -> str:

@@ -2,13 +2,13 @@
 
 import json
 from datetime import UTC, datetime
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
 from logs import START, inside_days, logged, shop, split_of
+from pages import Seen
 
 from llmrec.data.interactions import Interactions
 from llmrec.data.protocols import leave_one_out
@@ -16,23 +16,6 @@ from llmrec.data.report import report
 from llmrec.data.report_page import page
 
 HOSTILE = "</style></svg><script>alert(1)</script>$\\frac{$"
-
-
-class Seen(HTMLParser):
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.texts: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
 
 
 @pytest.fixture(scope="module")

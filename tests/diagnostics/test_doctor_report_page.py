@@ -2,7 +2,6 @@
 
 import copy
 import json
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import kinds
 import numpy as np
 import pytest
 from kinds import ids_of
+from pages import Seen
 
 from llmrec.diagnostics.report import report
 from llmrec.diagnostics.report_page import page
@@ -25,23 +25,6 @@ SECTIONS = (
     "Reconstruction",
     "Beside other tokenizers",
 )
-
-
-class Seen(HTMLParser):
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.texts: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
 
 
 @pytest.fixture(scope="module")
