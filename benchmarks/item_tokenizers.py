@@ -37,6 +37,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {
     "hash": ["--quantizer", "hash"],
     "rkmeans": ["--config", str(ROOT / "semantic_ids/recipes/rkmeans_3x256.yaml")],
+    "rkmeans-normalised": [
+        *("--config", str(ROOT / "semantic_ids/recipes/rkmeans_3x256.yaml"), "--normalise_residuals", "True"),
+    ],
     "rqvae": ["--config", str(ROOT / "semantic_ids/recipes/rqvae_3x256.yaml")],
     "opq": ["--config", str(ROOT / "semantic_ids/recipes/opq_4x256.yaml")],
     "fsq": ["--config", str(ROOT / "semantic_ids/recipes/fsq_4.yaml"), "--fsq_levels", "4", "4", "4", "4"],
