@@ -9,6 +9,7 @@ Then, from a fresh start on that folder:
     load        the catalog from disk
     assign      codes for the new items' vectors: encoded, none given twice, none changed
     version     the new version written and made current
+    next day    the three again, from a fresh start on that version, for as many new items
     rollback    back to the version before
 
 The rival does what one had to do without assignment: encode all items, old and new, with the same codebooks, resolve
@@ -66,13 +67,14 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     from llmrec.catalog_versions import CatalogVersions
     from llmrec.quantization import ResidualKMeans, assign, resolve_collisions
 
-    synthesise(options.items + options.new, options.dimension, folder / "vectors.npy")
-    vectors = np.load(folder / "vectors.npy", mmap_mode="r")
+    synthesise(options.items + 2 * options.new, options.dimension, folder / "vectors.npy")
+    everything = np.load(folder / "vectors.npy", mmap_mode="r")
+    vectors, later = everything[: -options.new], np.array(everything[-options.new :])
     old, new = vectors[: options.items], np.array(vectors[options.items :])
     quantizer = ResidualKMeans(3, 256).fit(old[:SAMPLE])
     items = [
         {"item_id": f"A{row:09d}", "title": f"An item of the catalog, number {row}", "brand": f"Brand {row % 999}"}
-        for row in range(len(vectors))
+        for row in range(len(everything))
     ]
     resolved = resolve_collisions(quantizer.encode(old), old, quantizer)
     Catalog(items[: options.items], resolved.codes, resolved.codebook_sizes).save(folder / "catalog")
@@ -87,15 +89,25 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     versions = CatalogVersions(folder / "catalog")
     catalog = timed("load", versions.load)
     assignment = timed("assign", lambda: assign(new, quantizer, catalog.codes, catalog.codebook_sizes))
-    timed("version", lambda: versions.add(items[options.items :], assignment.codes, parent=catalog.version))
+    timed(
+        "version", lambda: versions.add(items[options.items : len(vectors)], assignment.codes, parent=catalog.version)
+    )
     grown = CatalogVersions(folder / "catalog").load()
     if (grown.codes[: options.items] != catalog.codes).any() or len(np.unique(grown.codes, axis=0)) != len(grown):
         raise SystemExit("An old code changed or a code is given twice. This is a bug of llmrec.")
-    timed("rollback", versions.rollback)
+
+    def next_day() -> None:
+        fresh = CatalogVersions(folder / "catalog")
+        there = fresh.load()
+        codes = assign(later, quantizer, there.codes, there.codebook_sizes).codes
+        fresh.add(items[len(vectors) :], codes, parent=there.version)
+
+    timed("next day", next_day)
+    timed("rollback", CatalogVersions(folder / "catalog").rollback)
 
     def anew() -> Any:
         codes = resolve_collisions(quantizer.encode(vectors), vectors, quantizer)
-        Catalog(items, codes.codes, codes.codebook_sizes).save(folder / "anew")
+        Catalog(items[: len(vectors)], codes.codes, codes.codebook_sizes).save(folder / "anew")
         return codes.codes
 
     rebuilt = timed("anew", anew)
