@@ -9,7 +9,7 @@ Then, from a fresh start on that folder:
     load        the catalog from disk
     assign      codes for the new items' vectors: encoded, none given twice, none changed
     version     the new version written and made current
-    next day    the three again, from a fresh start on that version, for as many new items
+    next day    the three again, in a process of its own, on that version, for as many new items
     rollback    back to the version before
 
 The rival does what one had to do without assignment: encode all items, old and new, with the same codebooks, resolve
@@ -19,6 +19,8 @@ codes would have, collisions allowed.
 """
 
 import argparse
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -38,8 +40,12 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=1_000_000, help="Items that are there.")
     parser.add_argument("--new", type=int, default=10_000, help="Items that come.")
     parser.add_argument("--dimension", type=int, default=128, help="Width of the vectors.")
+    parser.add_argument("--next-day", type=Path, help=argparse.SUPPRESS)
     add_flags(parser)
     options = parser.parse_args()
+    if options.next_day is not None:
+        print(next_day(options.next_day))
+        return
     if options.quick:
         options.items, options.new = 50_000, 500
     before = environment()
@@ -74,7 +80,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     quantizer = ResidualKMeans(3, 256).fit(old[:SAMPLE])
     items = [
         {"item_id": f"A{row:09d}", "title": f"An item of the catalog, number {row}", "brand": f"Brand {row % 999}"}
-        for row in range(len(everything))
+        for row in range(len(vectors))
     ]
     resolved = resolve_collisions(quantizer.encode(old), old, quantizer)
     Catalog(items[: options.items], resolved.codes, resolved.codebook_sizes).save(folder / "catalog")
@@ -89,25 +95,21 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     versions = CatalogVersions(folder / "catalog")
     catalog = timed("load", versions.load)
     assignment = timed("assign", lambda: assign(new, quantizer, catalog.codes, catalog.codebook_sizes))
-    timed(
-        "version", lambda: versions.add(items[options.items : len(vectors)], assignment.codes, parent=catalog.version)
-    )
+    timed("version", lambda: versions.add(items[options.items :], assignment.codes, parent=catalog.version))
     grown = CatalogVersions(folder / "catalog").load()
     if (grown.codes[: options.items] != catalog.codes).any() or len(np.unique(grown.codes, axis=0)) != len(grown):
         raise SystemExit("An old code changed or a code is given twice. This is a bug of llmrec.")
 
-    def next_day() -> None:
-        fresh = CatalogVersions(folder / "catalog")
-        there = fresh.load()
-        codes = assign(later, quantizer, there.codes, there.codebook_sizes).codes
-        fresh.add(items[len(vectors) :], codes, parent=there.version)
-
-    timed("next day", next_day)
+    quantizer.save(folder / "quantizer")
+    np.save(folder / "later.npy", later)
+    command = [sys.executable, __file__, "--next-day", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds["next day, whole"] = float(done.stdout)
     timed("rollback", CatalogVersions(folder / "catalog").rollback)
 
     def anew() -> Any:
         codes = resolve_collisions(quantizer.encode(vectors), vectors, quantizer)
-        Catalog(items[: len(vectors)], codes.codes, codes.codebook_sizes).save(folder / "anew")
+        Catalog(items, codes.codes, codes.codebook_sizes).save(folder / "anew")
         return codes.codes
 
     rebuilt = timed("anew", anew)
@@ -126,6 +128,24 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             "assigned_over_best": (found.distortion + found.added_distortion) / found.distortion,
         },
     }
+
+
+def next_day(folder: Path) -> float:
+    """Seconds to load, assign and write, for a process that has done nothing before."""
+    from llmrec.catalog_versions import CatalogVersions
+    from llmrec.quantization import ResidualKMeans, assign
+
+    quantizer = ResidualKMeans.from_pretrained(folder / "quantizer")
+    later = np.load(folder / "later.npy")
+    begin = time.perf_counter()
+    versions = CatalogVersions(folder / "catalog")
+    catalog = versions.load()
+    codes = assign(later, quantizer, catalog.codes, catalog.codebook_sizes).codes
+    items = [
+        {"item_id": f"B{row:09d}", "title": f"An item of the next day, number {row}"} for row in range(len(codes))
+    ]
+    versions.add(items, codes, parent=catalog.version)
+    return time.perf_counter() - begin
 
 
 if __name__ == "__main__":
