@@ -1,5 +1,6 @@
 """Catalog: items, their semantic IDs, and the token ids that spell them."""
 
+import gc
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -59,9 +60,11 @@ class Catalog:
             )
         self._version = version
         self.base_items = len(self.items)
-        if nameless := [row for row, item in enumerate(self.items) if "item_id" not in item]:
-            raise CatalogError(f"The item of row {nameless[0]} has no item_id. Give every item one.")
-        self._rows = {str(item["item_id"]): row for row, item in enumerate(self.items)}
+        try:
+            self._rows = {str(item["item_id"]): row for row, item in enumerate(self.items)}
+        except KeyError as error:
+            row = next(row for row, item in enumerate(self.items) if "item_id" not in item)
+            raise CatalogError(f"The item of row {row} has no item_id. Give every item one.") from error
         if len(self._rows) != len(self.items):
             raise CatalogError(f"{len(self.items) - len(self._rows)} item id(s) repeat. Keep one row per item.")
         self.token_ids: tuple[npt.NDArray[np.int64], ...] | None = None
@@ -255,6 +258,9 @@ def _level_of(name: str) -> int:
 
 def read_items(path: Path) -> list[dict[str, Any]]:
     """The items of a JSON-lines file, in its order; raises CatalogError for a file that is none."""
+    collecting = gc.isenabled()
+    # A million new dictionaries would be looked through for garbage again and again; there is none among them.
+    gc.disable()
     try:
         with open(path, encoding="utf-8") as file:
             lines = [line for line in file if line != "\n"]
@@ -264,6 +270,9 @@ def read_items(path: Path) -> list[dict[str, Any]]:
             raise ValueError("a line is not one item with an item_id")
     except (OSError, ValueError, RecursionError) as error:
         raise CatalogError(f"{path} is no table of items ({error}). Restore the file, or build it again.") from error
+    finally:
+        if collecting:
+            gc.enable()
     return items
 
 
