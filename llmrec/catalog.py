@@ -112,6 +112,7 @@ class Catalog:
 
     @property
     def version(self) -> str:
+        """The name that it has among versions; without one, its content hash."""
         return self._version or self.content_hash
 
     @version.setter

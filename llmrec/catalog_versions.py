@@ -19,14 +19,23 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
 from llmrec import __version__
-from llmrec.catalog import CATALOG_FILE, CODES_FILE, ITEMS_FILE, Catalog, item_lines, read_items, read_tensors
+from llmrec.catalog import (
+    CATALOG_FILE,
+    CATALOG_FOLDER,
+    CODES_FILE,
+    ITEMS_FILE,
+    Catalog,
+    item_lines,
+    read_items,
+    read_tensors,
+)
 from llmrec.exceptions import ArtefactError, CatalogError
 from llmrec.storage import atomic_folder, sha256_of, write_json
 
@@ -49,6 +58,12 @@ class CatalogVersions:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._loaded: Catalog | None = None
+
+    @classmethod
+    def inside(cls, folder: str | Path) -> Self:
+        """Those of an artefact, which keeps its catalog in a folder of its own, or of a built folder, which is one."""
+        catalog = Path(folder) / CATALOG_FOLDER
+        return cls(catalog if catalog.is_dir() else folder)
 
     @cached_property
     def base(self) -> Catalog:

@@ -21,6 +21,7 @@ from llmrec.quantization.quantizer import Quantizer
 from llmrec.storage import write_json
 
 RECORD_FILE = "semantic_ids.json"
+TOKENIZER_FOLDER = "item_tokenizer"  # of an artefact
 CODEBOOKS_FOLDER, FUSION_FOLDER, WHITENING_FOLDER = "codebooks", "fusion", "whitening"
 # Arguments of a build that are places on the machine where it ran.
 _PLACES = ("embeddings", "out", "items", "interactions", "collaborative_embeddings")

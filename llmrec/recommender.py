@@ -15,7 +15,7 @@ from llmrec.catalog import CATALOG_FOLDER, Catalog
 from llmrec.catalog_versions import CatalogVersions, refuse_to_replace
 from llmrec.decoding import decode
 from llmrec.exceptions import ArtefactError, BackboneError, RequestError
-from llmrec.item_tokenizer import copy_tokenizer
+from llmrec.item_tokenizer import TOKENIZER_FOLDER, copy_tokenizer
 from llmrec.prompt import Prompt
 from llmrec.storage import atomic_folder, write_json
 from llmrec.vocabulary import PlainText, start_token
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SETTINGS_FILE, PROMPT_FILE = "llmrec.json", "prompt.jinja"
-TOKENIZER_FOLDER = "item_tokenizer"
 # So many tokens, of prompts and beams, are held by one search's cache: bounds its memory.
 _CACHED_TOKENS = 32_000
 

@@ -67,11 +67,9 @@ class CatalogTrie:
         """
         codes = np.asarray(codes)
         rows: Places | None = None
+        if live is not None and len(live) != len(codes):
+            raise CatalogError(f"{len(live)} marks of live items do not fit {len(codes)} codes. Give one per item.")
         if live is not None and not np.all(live):
-            if len(live) != len(codes):
-                raise CatalogError(
-                    f"{len(live)} marks of live items do not fit {len(codes)} codes. Give one per item."
-                )
             whole, rows = len(codes), np.flatnonzero(live).astype(np.int32)
             codes = codes[rows]
         if codes.ndim != 2 or codes.shape[0] == 0 or codes.shape[1] == 0:

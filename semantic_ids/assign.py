@@ -57,16 +57,14 @@ class AssignArguments:
 def main(arguments: AssignArguments, names: ColumnArguments) -> None:
     from rich.console import Console
 
-    from llmrec.catalog import CATALOG_FOLDER
     from llmrec.catalog_versions import CatalogVersions
-    from llmrec.item_tokenizer import RECORD_FILE, ItemTokenizer
-    from llmrec.recommender import TOKENIZER_FOLDER
+    from llmrec.item_tokenizer import RECORD_FILE, TOKENIZER_FOLDER, ItemTokenizer
     from llmrec.storage import write_json
 
     console = Console(stderr=True)
     folder = Path(arguments.catalog)
-    artefact = (folder / CATALOG_FOLDER).is_dir()
-    own = folder / TOKENIZER_FOLDER if artefact else folder
+    # An artefact keeps its tokenizer in a folder of its own; a built folder is one.
+    own = folder / TOKENIZER_FOLDER if (folder / TOKENIZER_FOLDER).is_dir() else folder
     if arguments.tokenizer is None and not (own / RECORD_FILE).is_file():
         raise ArtefactError(
             f"{folder} does not carry the codebooks that its codes come from. "
@@ -75,7 +73,7 @@ def main(arguments: AssignArguments, names: ColumnArguments) -> None:
     tokenizer = ItemTokenizer.load(arguments.tokenizer or own)
     items = names.read_items(arguments.items)
     begun = time.monotonic()
-    versions = CatalogVersions(folder / CATALOG_FOLDER if artefact else folder)
+    versions = CatalogVersions.inside(folder)
     catalog = versions.load()
     loaded = time.monotonic() - begun
     made_for = tokenizer.record.get("catalog")
@@ -89,9 +87,9 @@ def main(arguments: AssignArguments, names: ColumnArguments) -> None:
     known = len(items.ids) - len(places)
     if known:
         console.print(f"{known:,} items are in the catalog already and stay as they are.")
-    # As build.py writes them: dates become text, and what is no number null.
-    lines = items.frame[places].write_ndjson().splitlines() if places else []
-    rows = [json.loads(line) for line in lines]
+    # As build.py writes them: dates become text, and what is no number null. Texts may hold any separator but a line
+    # feed, which JSON escapes.
+    rows = [json.loads(line) for line in items.frame[places].write_ndjson().split("\n") if line] if places else []
     new_ids = [items.ids[place] for place in places]
     result: dict[str, Any] = {"parent": catalog.version, "version": catalog.version, "items": len(catalog)}
     result |= {"live": catalog.num_live, "known": known, "added": 0, "dry_run": arguments.dry_run}
@@ -108,7 +106,7 @@ def main(arguments: AssignArguments, names: ColumnArguments) -> None:
         codes = dict(zip(new_ids, assignment.codes.tolist(), strict=True))
         result |= {"added": len(rows), "assignment": assignment.report.to_dict(), "seconds": round(seconds, 3)}
         result |= {"codes": codes}
-        console.print(f"{result['items']:,} items, version {version}: {seconds:.1f} s after embedding")
+        console.print(f"{result['items']:,} items, version {version}: {seconds:.1f} s beside embedding")
     else:
         console.print("There is no new item: nothing was changed.")
     if arguments.json:
@@ -124,7 +122,6 @@ def _embedded(
 ) -> "npt.NDArray[np.float32]":
     """The new items' text embeddings (M, D), made as the catalog's were."""
     from llmrec.embedding import EmbeddingStore, encode_texts, resolve_model
-    from llmrec.embedding.encoder import MINILM
 
     origin = tokenizer.record.get("embeddings", {})
     if arguments.embeddings:
@@ -152,7 +149,7 @@ def _embedded(
             f"The catalog was built from vectors of the user's own ({name}), which no model gives new items. "
             "Give theirs with --embeddings."
         )
-    model = resolve_model(arguments.model or (None if name == MINILM else name))
+    model = resolve_model(arguments.model or name)
     if model.weights_sha256 != origin.get("weights_sha256"):
         raise ArtefactError(
             f"The weights of {model.name} have sha256 {model.weights_sha256}, the catalog was embedded with "

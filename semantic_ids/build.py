@@ -257,7 +257,7 @@ def main(arguments: BuildArguments, names: ColumnArguments, splits: SplitArgumen
         "embeddings": origin,
         "arguments": asdict(arguments),
         # Which catalog the tokenizer belongs to, for assign.py.
-        "catalog": Catalog(items.frame.to_dicts(), resolved.codes, resolved.codebook_sizes).content_hash,
+        "catalog": Catalog([{ITEM: item} for item in items.ids], resolved.codes, resolved.codebook_sizes).content_hash,
         "versions": {"llmrec": __version__, "faiss": faiss.__version__, "numpy": np.__version__},
     }
     with atomic_folder(arguments.out) as folder:

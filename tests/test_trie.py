@@ -463,5 +463,6 @@ def test_a_trie_without_some_rows_is_saved_as_it_is(tmp_path):
     again = CatalogTrie.load(tmp_path / "trie.safetensors")
     assert again.item_of_leaf.tolist() == trie.item_of_leaf.tolist()
     assert again.leaf_of_item.tolist() == trie.leaf_of_item.tolist()
-    with pytest.raises(CatalogError, match="3 marks of live items do not fit 40 codes"):
-        CatalogTrie(codes, np.array([True, False, True]))
+    for marks in ([True, False, True], [True, True, True]):
+        with pytest.raises(CatalogError, match="3 marks of live items do not fit 40 codes"):
+            CatalogTrie(codes, np.array(marks))

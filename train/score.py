@@ -74,8 +74,7 @@ def main(arguments: ScoreArguments, names: ColumnArguments, splits: SplitArgumen
         # Items that came after the training have the last rows. They are no part of this log, nor of its candidates.
         ids = ids[:base]
         kept = recommender.catalog.with_retired(range(base, len(recommender.catalog)), True)
-        parts = (recommender.model, recommender.tokenizer, kept, recommender.prompt, settings)
-        recommender = Recommender(*parts)
+        recommender = Recommender(recommender.model, recommender.tokenizer, kept, recommender.prompt, settings)
     split = splits.make(interactions, Items.from_frame(pl.DataFrame({ITEM: ids})))
     if split.content_hash != settings.split and not arguments.any_split:
         raise DataError(

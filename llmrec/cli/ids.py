@@ -41,7 +41,7 @@ def report(
         list[Path] | None, typer.Option(help="Other tables of semantic IDs to compare with; repeatable.")
     ] = None,
 ) -> None:
-    """Look a tokenizer over: use of codes, collisions, branching, purity, recall's ceiling, and a verdict in words.
+    """Look a tokenizer over: use of codes, collisions, branching, purity, what beams keep, and a verdict in words.
 
     Example: `llmrec ids report runs/quickstart/artefact --interactions log.parquet --json ids.json --html ids.html`
 
@@ -148,12 +148,9 @@ def log(catalog: CatalogFolder, as_json: AsJson = False) -> None:
 
 
 def _versions(folder: Path) -> "CatalogVersions":
-    from llmrec.catalog import CATALOG_FOLDER
     from llmrec.catalog_versions import CatalogVersions
 
-    # An artefact keeps its catalog in a folder of its own; a built one is the catalog.
-    inside = folder / CATALOG_FOLDER
-    return CatalogVersions(inside if inside.is_dir() else folder)
+    return CatalogVersions.inside(folder)
 
 
 def _asked(item_ids: Sequence[str] | None, file: Path | None) -> list[str]:

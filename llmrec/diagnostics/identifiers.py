@@ -19,12 +19,12 @@ from llmrec.catalog import CATALOG_FILE, CATALOG_FOLDER, Catalog
 from llmrec.catalog_versions import CatalogVersions
 from llmrec.exceptions import ArtefactError, DataError, LLMRecError
 from llmrec.item_tokenizer import RECORD_FILE as BUILD_FILE
-from llmrec.item_tokenizer import read_quantizer
+from llmrec.item_tokenizer import TOKENIZER_FOLDER, read_quantizer
 from llmrec.quantization.quantizer import Quantizer
 
 Kind = Literal["artefact", "build", "catalog", "mapping"]
 
-SETTINGS_FILE, TOKENIZER_FOLDER = "llmrec.json", "item_tokenizer"
+SETTINGS_FILE = "llmrec.json"
 # Numbers that span more than this are no places in a codebook that anyone trains, but ids of some other kind.
 MOST_CODES = 1 << 20
 

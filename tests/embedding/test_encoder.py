@@ -206,6 +206,12 @@ def test_altered_weights_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         resolve_model()
 
 
+@needs_minilm
+def test_the_packaged_minilm_stands_for_its_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder, "_hub_snapshot", None)  # whoever asks the Hub fails
+    assert resolve_model(MINILM) == resolve_model()
+
+
 def test_without_the_package_the_default_is_static(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     monkeypatch.setattr(encoder, "MINILM_PACKAGE", "a_package_that_is_not_installed")
     with caplog.at_level(logging.INFO, "llmrec"):

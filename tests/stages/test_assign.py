@@ -17,6 +17,7 @@ from factories import random_recommender
 from llmrec import Recommender
 from llmrec.catalog_versions import CatalogVersions
 from llmrec.cli.main import main
+from llmrec.embedding import EmbeddingStore
 from llmrec.item_tokenizer import copy_tokenizer
 from llmrec.vocabulary import add_catalog_tokens, train_tokenizer
 
@@ -160,11 +161,19 @@ def test_embeddings_of_another_making_are_refused(data: Path, tmp_path: Path) ->
 def test_dates_and_missing_numbers_are_taken_as_a_build_takes_them(data: Path, tmp_path: Path) -> None:
     shutil.copytree(data / "ids", tmp_path / "ids")
     table = pl.read_ndjson(data / "new.jsonl").with_columns(
-        released=pl.Series([date(2026, 1, 1)] * 10), price=pl.Series([float("nan")] * 10)
+        released=pl.Series([date(2026, 1, 1)] * 10),
+        price=pl.Series([float("nan")] * 10),
     )
+    # An id is kept as it is, whatever separators it holds; its embedding is stored under it.
+    odd = "x\u2028y\x85z"
+    table = table.with_columns(item_id=pl.when(pl.col("item_id") == "i39").then(pl.lit(odd)).otherwise("item_id"))
     table.write_parquet(tmp_path / "new.parquet")
-    ids("assign", tmp_path / "ids", "--items", tmp_path / "new.parquet", "--embeddings", data / "embeddings")
+    store = EmbeddingStore.load(data / "embeddings")
+    renamed = [odd if item == "i39" else item for item in store.item_ids]
+    EmbeddingStore(renamed, store.embeddings, store.origin).save(tmp_path / "embeddings")
+    ids("assign", tmp_path / "ids", "--items", tmp_path / "new.parquet", "--embeddings", tmp_path / "embeddings")
     item = CatalogVersions(tmp_path / "ids").load().items[-1]
+    assert item["item_id"] == odd
     assert item["price"] is None
     assert str(item["released"]).startswith("2026-01-01")
 
