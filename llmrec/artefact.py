@@ -1,11 +1,17 @@
 """The artefact folder's integrity and its travels: the sha256 manifest, local folders, the Hub.
 
 An artefact is a folder with a model, its tokenizer, its catalog, a prompt and `llmrec.json`. This module knows none of
-these: it sees files, and makes sure that a folder is whole before anyone loads it.
+these: it sees files, and makes sure that a folder is whole before anyone loads it. A repository's card alone comes
+from elsewhere (`llmrec.model_card`).
 """
 
+import hashlib
 import json
 import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,6 +20,9 @@ from llmrec.exceptions import ArtefactError
 from llmrec.storage import sha256_of, write_json
 
 MANIFEST = "sha256.json"
+CARD = "README.md"
+CALIBRATION_FILE = "calibration.json"
+TEMPLATES_FOLDER = "prompts"  # the tasks' templates, prompts/TASK/NAME.jinja
 
 # Files that transformers, vLLM or llmrec would load when they lie in an artefact's folder. One that the manifest does
 # not list would change the model unseen, so it is refused here, and removed on the Hub when a new version is pushed.
@@ -25,9 +34,9 @@ LOADABLE = (
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.json"),
 )
 
-# The catalog's versions, and the word on which is current, change while the artefact stays: they carry hashes of their
-# own (`CatalogVersions`) and are not listed.
-LIVING = ("catalog/versions/", "catalog/current.json")
+# The catalog's versions, the word on which is current, and the calibration of its ratings change while the artefact
+# stays: they carry hashes of their own (`CatalogVersions`, `load_calibration`) and are not listed.
+LIVING = ("catalog/versions/", "catalog/current.json", CALIBRATION_FILE)
 
 _AGAIN = "Copy or download the artefact again, or save it anew."
 
@@ -44,7 +53,7 @@ def write_manifest(folder: str | Path) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise ArtefactError(f"{folder} is no folder. Save the artefact before its manifest is written.")
-    names = sorted(n for n in _files(folder) if n not in (MANIFEST, "README.md") and not n.startswith(LIVING))
+    names = sorted(n for n in _files(folder) if n not in (MANIFEST, CARD) and not n.startswith(LIVING))
     if not names:
         raise ArtefactError(f"{folder} holds no files to list. Save the artefact before its manifest is written.")
     files = {name: {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
@@ -85,11 +94,33 @@ def verify_manifest(folder: str | Path, deep: bool = True) -> None:
     homes = {PurePosixPath(name).parent for name in files}
     for name in sorted(_files(folder) - files.keys()):
         posix = PurePosixPath(name)
-        if posix.parent in homes and any(fnmatch(posix.name, pattern) for pattern in LOADABLE):
+        at_home = (
+            posix.parent in homes or posix.parts[0] == TEMPLATES_FOLDER
+        )  # where templates may have any task's name
+        if at_home and any(fnmatch(posix.name, pattern) for pattern in LOADABLE):
             raise ArtefactError(
                 f"{folder / name} is not in {MANIFEST}, and would be loaded with the artefact. "
                 "Remove the file; if it belongs to the model, save the artefact anew with it."
             )
+
+
+def listed_files(folder: str | Path) -> dict[str, int]:
+    """The size in bytes of every file that a manifest lists, by name; raises ArtefactError if there is none."""
+    return {name: int(entry["bytes"]) for name, entry in sorted(_read_manifest(Path(folder) / MANIFEST).items())}
+
+
+def weights_hash(folder: str | Path) -> str:
+    """A hash of the model's weights and its tokenizer, by the manifest; raises ArtefactError if it lists none."""
+    files = _read_manifest(Path(folder) / MANIFEST)
+    kinds = ("*.safetensors", "tokenizer.json")
+    chosen = {
+        name: entry["sha256"]
+        for name, entry in sorted(files.items())
+        if "/" not in name and any(fnmatch(name, kind) for kind in kinds)
+    }
+    if not chosen:
+        raise ArtefactError(f"{Path(folder) / MANIFEST} lists no weights and no tokenizer. {_AGAIN}")
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
 def resolve(path_or_repo_id: str | Path, revision: str | None = None) -> Path:
@@ -126,10 +157,12 @@ def push_to_hub(
     private: bool | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
+    card: str | None = None,
 ) -> str:
     """Uploads a verified artefact folder to a Hub repository, which is made if need be; returns the commit's URL.
 
-    Model files of an earlier version that the new one does not have are removed in the same upload.
+    Model files of an earlier version that the new one does not have are removed in the same upload. The folder itself
+    is left as it is.
 
     Args:
         folder: The artefact folder.
@@ -137,6 +170,7 @@ def push_to_hub(
         private: Whether a new repository is private; None is the account's own default.
         revision: The branch to push to, made if need be; None is `main`.
         commit_message: The commit's title.
+        card: The repository's `README.md`; default: the folder's own, or one made from its settings (`model_card`).
 
     Raises:
         ArtefactError: the folder is not whole, the repository id is not valid, or the Hub refused.
@@ -148,19 +182,25 @@ def push_to_hub(
     verify_manifest(folder)
     _check_repo_id(repo_id)
     listed = sorted(_read_manifest(folder / MANIFEST))
+    uploaded = [*listed, *_living(folder), MANIFEST]
+    if card is None and not (folder / CARD).is_file() and "llmrec.json" in listed:
+        from llmrec.model_card import card_of
+
+        card = card_of(folder, repo_id=repo_id)
     api = HfApi()
     try:
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(url.repo_id, branch=revision, exist_ok=True)
-        info = api.upload_folder(
-            repo_id=url.repo_id,
-            folder_path=folder,
-            revision=revision,
-            commit_message=commit_message or f"Upload the artefact {folder.resolve().name}",
-            allow_patterns=[*map(_literally, [*listed, *_living(folder)]), MANIFEST, "README.md"],
-            delete_patterns=[*LOADABLE, "catalog/*", "item_tokenizer/*"],
-        )
+        with _with_card(folder, uploaded, card) as source:
+            info = api.upload_folder(
+                repo_id=url.repo_id,
+                folder_path=source,
+                revision=revision,
+                commit_message=commit_message or f"Upload the artefact {folder.resolve().name}",
+                allow_patterns=[*map(_literally, uploaded), CARD],
+                delete_patterns=[*LOADABLE, "catalog/*", "item_tokenizer/*", CALIBRATION_FILE],
+            )
     except HfHubHTTPError as error:
         raise ArtefactError(
             f"The Hub refused the upload to {repo_id!r}: {_one_line(error)}. "
@@ -172,6 +212,25 @@ def push_to_hub(
             "Check the network, HF_ENDPOINT and HF_HUB_OFFLINE, and push again."
         ) from error
     return str(info.commit_url)
+
+
+@contextmanager
+def _with_card(folder: Path, names: Sequence[str], card: str | None) -> Iterator[Path]:
+    """The folder itself; with a card, a temporary folder of links to its files, beside which the card lies."""
+    if card is None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="llmrec-push-") as temporary:
+        source = Path(temporary)
+        for name in names:
+            link = source / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                link.symlink_to((folder / name).resolve())
+            except OSError:  # a system or a user without links
+                shutil.copyfile(folder / name, link)
+        (source / CARD).write_text(card, encoding="utf-8")
+        yield source
 
 
 def _living(folder: Path) -> list[str]:
@@ -220,8 +279,9 @@ def _is_inside(name: str) -> bool:
 
 
 def _download(repo_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
+        GatedRepoError,
         HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
@@ -237,16 +297,25 @@ def _download(repo_id: str, revision: str | None) -> Path:
             f"The Hub's repository {repo_id!r} has no revision {revision or 'main'!r}. "
             "Give a branch, tag or commit that it has."
         ) from error
+    except GatedRepoError as error:  # a kind of RepositoryNotFoundError
+        raise ArtefactError(
+            f"The Hub's repository {repo_id!r} is gated, and you are not among those who may read it. "
+            f"Ask for access at {constants.ENDPOINT}/{repo_id} and log in with `hf auth login` (or set HF_TOKEN)."
+        ) from error
     except RepositoryNotFoundError as error:
         raise ArtefactError(
             f"There is no folder {repo_id!r}, and the Hub has no such repository for you. "
             "Check the name; for a private repository log in with `hf auth login`."
         ) from error
     except LocalEntryNotFoundError as error:
+        if constants.HF_HUB_OFFLINE:
+            raise ArtefactError(
+                f"There is no folder {repo_id!r}, and the Hub's cache does not hold that repository{at}, which "
+                "HF_HUB_OFFLINE forbids to download. Check the path, or download it once without HF_HUB_OFFLINE."
+            ) from error
         raise ArtefactError(
-            f"There is no folder {repo_id!r}, and the Hub's cache does not hold that repository{at} "
-            "while the Hub is offline or out of reach. "
-            "Check the path; or check the network, HF_ENDPOINT and HF_HUB_OFFLINE, and download it once."
+            f"There is no folder {repo_id!r}, the Hub is out of reach, and its cache does not hold that "
+            f"repository{at}. Check the path; or check the network and HF_ENDPOINT, and download it once."
         ) from error
     except (HTTPError, OSError) as error:
         raise ArtefactError(

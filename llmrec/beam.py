@@ -3,11 +3,15 @@
 It knows neither transformers nor vLLM: a `step` function turns the beams' newest tokens into logits, and both back
 ends (`llmrec.decoding`, `llmrec.engine`) supply their own. Each level keeps the best W of *all* legal continuations,
 so the search is exact beam search, and exhaustive once W reaches the number of items.
+
+Where items are ragged (titles), the places behind an item's end hold the token id -1, "nothing", which follows with
+probability 1. A finished item so keeps its score, and competes with the unfinished ones for its place in the beam.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +19,11 @@ import torch
 
 from llmrec.exceptions import CatalogError
 from llmrec.trie import CatalogTrie, child_of
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from llmrec.catalog import Catalog, Softmax
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -24,14 +33,22 @@ class TrieTensors:
 
     Attributes, per level, int32 as in the trie:
         start[l]: (n_{l-1} + 1,) the children of node `p` of the level above: start[l][p] to start[l][p + 1].
-        token[l]: (n_l,) the token id on the edge into each node.
+        token[l]: (n_l,) the token id on the edge into each node, -1 behind an item's end.
     Attribute of the leaves:
         item_of_leaf: (N,) int32 catalog rows.
+    Attributes of the tokens:
+        vocabulary: (n,) int64 ascending token ids that probabilities are normalised over; None for all.
+        ragged: whether items differ in length.
     """
 
     def __init__(
-        self, trie: CatalogTrie, token_ids: Sequence[npt.NDArray[np.int64]], device: torch.device | str = "cpu"
+        self,
+        trie: CatalogTrie,
+        token_ids: Sequence[npt.NDArray[np.int64]],
+        device: torch.device | str = "cpu",
+        vocabulary: npt.NDArray[np.int64] | None = None,
     ) -> None:
+        """Raises CatalogError if a token of an item is not in `vocabulary`, so that it could have no probability."""
         self.trie = trie
         self.device = torch.device(device)
         self.start = [torch.from_numpy(level).to(self.device) for level in trie.start]
@@ -40,6 +57,25 @@ class TrieTensors:
             for level, codes in enumerate(trie.code)
         ]
         self.item_of_leaf = torch.from_numpy(trie.item_of_leaf).to(self.device)
+        self.ragged = any(bool((token < 0).any()) for token in self.token)
+        self.vocabulary: torch.Tensor | None = None
+        if vocabulary is not None:
+            used = np.unique(np.concatenate([token_ids[level][codes] for level, codes in enumerate(trie.code)]))
+            if strange := np.setdiff1d(used[used >= 0], vocabulary).tolist():
+                raise CatalogError(
+                    f"{len(strange)} token(s) of items are outside the softmax range, {strange[0]} first. "
+                    "Give the range that the model was trained with."
+                )
+            self.vocabulary = torch.from_numpy(np.unique(vocabulary)).to(self.device)
+
+    @classmethod
+    def of(cls, catalog: "Catalog", softmax: "Softmax" = "vocabulary", device: torch.device | str = "cpu") -> "Self":
+        """Those of a catalog with token ids, whose model was trained with this softmax range.
+
+        Raises:
+            CatalogError: if the catalog has no token ids yet, or there is no such range for its items.
+        """
+        return cls(catalog.trie, catalog.require_tokens(), device, catalog.softmax_tokens(softmax))
 
     @cached_property
     def code(self) -> list[torch.Tensor]:
@@ -120,15 +156,17 @@ def beam_search(
     """The best items under an autoregressive model, every step constrained to the catalog.
 
     A beam's score is the sum over levels of log P(token | prompt, tokens so far), with P over the full vocabulary, or
-    over the legal children only if `renormalize` (in the catalog, and not all excluded). Equal scores are ordered by
-    code, lexicographically: the order of the trie's nodes. Nodes whose items are all excluded are never entered, so a
-    search returns min(W, legal items) items.
+    over the trie's `vocabulary` where it has one, or over the legal children alone if `renormalize` (those in the
+    catalog, and not all excluded). The sum runs over an item's own tokens and is not divided by their number: it is
+    the logarithm of the item's probability. Equal scores are ordered by code, lexicographically: the order of the
+    trie's nodes. Nodes whose items are all excluded are never entered, so a search returns min(W, legal items) items.
 
     Args:
         logits: (B, V) for the first code of every request.
         step: (tokens (B, W'), parents (B, W')) -> logits (B, W', V). `parents` are the beams of the step before that
-            each new beam continues (all 0 after the prompt). It is called L - 1 times; where fewer than W beams live,
-            the dead ones repeat a legal token and their results are ignored.
+            each new beam continues (all 0 after the prompt). It is called L - 1 times, or until all items are
+            finished; where fewer than W beams live, the dead ones repeat a legal token, finished ones are given token
+            0, and the results of both are ignored.
         trie: the catalog.
         num_beams: W, at least 1.
         excluded: for each request the catalog rows that it may not return.
@@ -149,16 +187,19 @@ def beam_search(
         if dead is not None and dead[level].numel():
             rows = torch.arange(batch, device=logits.device).view(-1, 1, 1)
             legal &= ~_contains(dead[level], rows * len(trie.token[level]) + child)
-        candidate = _log_probabilities(logits, trie.token[level][child].long(), legal, renormalize) + score.unsqueeze(
-            -1
-        )
+        token = trie.token[level][child].long()
+        candidate = score.unsqueeze(-1) + _log_probabilities(logits, token, legal, renormalize, trie.vocabulary)
         # NaN compares with nothing; as -inf it is an item that was not found, which callers notice.
         candidate = candidate.masked_fill(~legal | candidate.isnan(), -torch.inf).flatten(1)  # (B, W'·C)
         best = _best_in_order(candidate, min(num_beams, candidate.shape[1]))
         score = candidate.gather(1, best)
         node = child.flatten(1).gather(1, best)
         if level + 1 < trie.trie.num_levels:
-            logits = step(trie.token[level][node].long(), best // fan_out)
+            if trie.ragged and _all_finished(trie, level, node, score):
+                for below in range(level + 1, trie.trie.num_levels):
+                    node = trie.start[below][node].long()
+                break
+            logits = step(trie.token[level][node].long().clamp(min=0), best // fan_out)
     score, order = score.sort(dim=1, descending=True, stable=True)
     items = trie.item_of_leaf[node.gather(1, order)].long().masked_fill(~torch.isfinite(score), -1)
     return Beams(items, score)
@@ -176,22 +217,39 @@ def _best_in_order(candidate: torch.Tensor, width: int) -> torch.Tensor:
     return keep.nonzero()[:, 1].view(-1, width)
 
 
+def _all_finished(trie: TrieTensors, level: int, node: torch.Tensor, score: torch.Tensor) -> bool:
+    """Whether nothing but "nothing" follows the nodes (B, W) of `level`, those of dead beams left aside."""
+    follows = trie.token[level + 1][trie.start[level + 1][node]]
+    return bool(((follows < 0) | torch.isinf(score)).all())
+
+
 def _score_dtype(logits: torch.Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
+def normalizer(logits: torch.Tensor, vocabulary: torch.Tensor | None) -> torch.Tensor:
+    """(…, 1) the logarithm of the sum that logits (…, V) are normalised by, over `vocabulary` or over all tokens."""
+    return (logits if vocabulary is None else logits[..., vocabulary]).logsumexp(-1, keepdim=True)
+
+
 def _log_probabilities(
-    logits: torch.Tensor, tokens: torch.Tensor, legal: torch.Tensor, renormalize: bool
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    legal: torch.Tensor,
+    renormalize: bool,
+    vocabulary: torch.Tensor | None,
 ) -> torch.Tensor:
-    """(B, W, C) log-probabilities of `tokens` (B, W, C) under `logits` (B, W, V)."""
+    """(B, W, C) log-probabilities of `tokens` (B, W, C) under `logits` (B, W, V); 0 for token -1."""
     logits = logits.to(_score_dtype(logits))
-    chosen = logits.gather(-1, tokens)
+    chosen = logits.gather(-1, tokens.clamp(min=0))
     if renormalize:
         chosen = chosen.masked_fill(~legal, -torch.inf)
         # Where all children are excluded, the logsumexp is -inf, and -inf - -inf would be NaN.
         total = chosen.logsumexp(-1, keepdim=True)
-        return chosen - total.masked_fill(torch.isinf(total), 0.0)
-    return chosen - logits.logsumexp(-1, keepdim=True)
+        found = chosen - total.masked_fill(torch.isinf(total), 0.0)
+    else:
+        found = chosen - normalizer(logits, vocabulary)
+    return found.masked_fill(tokens < 0, 0.0)
 
 
 def _contains(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

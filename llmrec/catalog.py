@@ -1,32 +1,48 @@
 """Catalog: items, their semantic IDs, and the token ids that spell them."""
 
-import gc
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
+from llmrec.catalog_files import (
+    CATALOG_FILE,
+    CODES_FILE,
+    ITEMS_FILE,
+    TOKEN_IDS,
+    codes_in,
+    item_lines,
+    read_items,
+    read_object,
+    read_tensors,
+    spelling_in,
+    token_ids_in,
+)
 from llmrec.exceptions import CatalogError, UnknownItemError
 from llmrec.storage import atomic_path, write_json
+from llmrec.title_spelling import TitleSpelling, packed, stacked
 from llmrec.trie import CatalogTrie
 
+Softmax = Literal["vocabulary", "semantic_ids"]
 CATALOG_FOLDER = "catalog"  # of an artefact
-ITEMS_FILE, CODES_FILE, CATALOG_FILE = "items.jsonl", "codes.safetensors", "catalog.json"
 
 
 class Catalog:
     """Item <-> semantic ID <-> token ids.
 
+    In text mode an item's "semantic ID" is its title in the backbone's own tokens, see `llmrec.title_spelling`: the
+    rows of `codes` are ragged, and filled up with 0, "nothing", whose token id is -1.
+
     Attributes:
         items: N mappings with at least "item_id" and "title"; the place in this list is the item's *row*.
-        codes: (N, L) int32, unique rows.
+        codes: (N, L) int32, unique rows; in text mode L is the length of the longest item.
         codebook_sizes: K_l of every level; codes of level l are below it.
         token_ids: per level a (K_l,) int64 array of the tokenizer's id for each code, or None before a tokenizer is
             known. Ids are kept rather than strings, so that nothing depends on a token's place in a string.
@@ -34,19 +50,28 @@ class Catalog:
             them, and no other item takes their code.
         base_items: how many items its base had (`CatalogVersions`), which have the first rows; without versions, N.
         version: its name among the versions of a living catalog (`CatalogVersions`); without one, its content hash.
+        spelling: how titles are spelt in text mode, which gives the codebook sizes and the token ids; else None.
     """
 
     def __init__(
         self,
         items: Sequence[Mapping[str, Any]],
         codes: npt.NDArray[np.integer],
-        codebook_sizes: Sequence[int],
+        codebook_sizes: Sequence[int] = (),
         token_ids: Sequence[npt.NDArray[np.integer]] | None = None,
         retired: npt.NDArray[np.bool_] | None = None,
         version: str | None = None,
+        spelling: TitleSpelling | None = None,
     ) -> None:
         self.items = list(items)
+        self.spelling = spelling
         self.codes: npt.NDArray[np.int32] = np.ascontiguousarray(codes, dtype=np.int32)
+        if spelling is not None:
+            spelling.check(self.codes)
+            longest = int((self.codes > 0).sum(axis=1).max(initial=0))
+            self.codes = np.ascontiguousarray(self.codes[:, :longest])
+            codebook_sizes = [spelling.vocabulary_size + 1] * longest
+            token_ids = [spelling.token_ids] * longest
         self.codebook_sizes = tuple(int(size) for size in codebook_sizes)
         if self.codes.ndim != 2 or self.codes.shape != (len(self.items), len(self.codebook_sizes)):
             raise CatalogError(
@@ -89,7 +114,13 @@ class Catalog:
 
     @property
     def num_levels(self) -> int:
+        """The tokens of an item; in text mode, of the longest."""
         return len(self.codebook_sizes)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether items are spelt as their titles."""
+        return self.spelling is not None
 
     @cached_property
     def ids(self) -> list[str]:
@@ -136,9 +167,40 @@ class Catalog:
 
     @cached_property
     def item_tokens(self) -> npt.NDArray[np.int64]:
-        """(N, L) the token ids of every item's semantic ID."""
+        """(N, L) the token ids of every item's semantic ID; -1 behind the end of a shorter title in text mode."""
         levels = self.require_tokens()
         return np.stack([ids[self.codes[:, level]] for level, ids in enumerate(levels)], axis=1)
+
+    def tokens_of(self, row: int) -> list[int]:
+        """The token ids that spell one item; raises CatalogError if there are none yet."""
+        return self.tokens_of_rows([row])
+
+    def tokens_of_rows(self, rows: Sequence[int] | npt.NDArray[np.integer]) -> list[int]:
+        """The token ids that spell several items, one behind the other, in the order of `rows`.
+
+        >>> two = Catalog([{"item_id": "a"}, {"item_id": "b"}], np.array([[0, 1], [1, 0]]), [2, 2])
+        >>> two.with_tokens([np.array([7, 8]), np.array([3, 4])]).tokens_of_rows([1, 0, 1])
+        [8, 3, 7, 4, 8, 3]
+        """
+        tokens = self.item_tokens[np.asarray(rows, dtype=np.int64)].reshape(-1)
+        spelt: list[int] = tokens[tokens >= 0].tolist() if self.is_text else tokens.tolist()
+        return spelt
+
+    def softmax_tokens(self, kind: Softmax) -> npt.NDArray[np.int64] | None:
+        """The ascending token ids over which a model's probabilities are normalised; None for the whole vocabulary.
+
+        Raises:
+            CatalogError: for an unknown kind, or "semantic_ids" in text mode, where items have no tokens of their own.
+        """
+        if kind == "vocabulary":
+            return None
+        if kind != "semantic_ids" or self.is_text:
+            spelt = "titles" if self.is_text else "semantic IDs"
+            raise CatalogError(
+                f"There is no softmax range {kind!r} for items spelt as {spelt}. "
+                "Use 'vocabulary', or 'semantic_ids' with items that have semantic IDs."
+            )
+        return np.unique(np.concatenate(self.require_tokens()))
 
     def require_tokens(self) -> tuple[npt.NDArray[np.int64], ...]:
         """The token ids per level; raises CatalogError if no tokenizer has been extended for this catalog yet."""
@@ -160,11 +222,18 @@ class Catalog:
         return [self._rows[str(i)] for i in item_ids if str(i) in self._rows]
 
     def with_tokens(self, token_ids: Sequence[npt.NDArray[np.integer]]) -> "Catalog":
-        """The same catalog, spelt with a tokenizer's ids: per level a (K_l,) array."""
+        """The same catalog, spelt with a tokenizer's ids: per level a (K_l,) array.
+
+        Raises:
+            CatalogError: in text mode, where the titles' tokens are given already.
+        """
+        self._require_semantic_ids("be given token ids")
         return Catalog(self.items, self.codes, self.codebook_sizes, token_ids, self.retired)
 
     def with_items(self, items: Sequence[Mapping[str, Any]], codes: npt.NDArray[np.integer]) -> "Catalog":
         """New items (M) with their codes (M, L) in rows after all others, which stay as they are.
+
+        In text mode codes may have any number of levels (`title_spelling.spell_new_items`).
 
         Raises:
             CatalogError: if an id is in the catalog already, a code is given to another item, or is outside its
@@ -176,21 +245,20 @@ class Catalog:
                 "bring retired ones back with restore."
             )
         found = np.asarray(codes)
-        if found.dtype.kind not in "iu" or found.shape != (len(items), self.num_levels):
+        levels = found.shape[1] if self.is_text and found.ndim == 2 else self.num_levels
+        if found.dtype.kind not in "iu" or found.shape != (len(items), levels):
             raise CatalogError(
                 f"{len(items)} new items were given codes of {found.dtype} in the shape {found.shape}. "
                 f"Give whole numbers, ({len(items)}, {self.num_levels})."
             )
-        if found.size and (found.min() < 0 or (found.max(axis=0) >= self.codebook_sizes).any()):
+        if not self.is_text and found.size and (found.min() < 0 or (found.max(axis=0) >= self.codebook_sizes).any()):
             raise CatalogError(
                 f"New codes reach from {found.min()} to {found.max(axis=0).tolist()}, codebooks have "
                 f"{list(self.codebook_sizes)} entries. Assign codes from this catalog's codebooks."
             )
-        found = found.astype(np.int32)
-        whole = np.concatenate([self.codes, found])
         retired = np.concatenate([self.retired, np.zeros(len(items), dtype=bool)])
-        grown = Catalog([*self.items, *items], whole, self.codebook_sizes, self.token_ids, retired)
-        CatalogTrie(whole)  # refuses a code that two items share, retired ones among them
+        grown = self.respelt([*self.items, *items], [self.codes, found], retired)
+        CatalogTrie(grown.codes)  # refuses a code that two items share, retired ones among them
         return grown
 
     def with_retired(self, rows: Sequence[int], retired: bool) -> "Catalog":
@@ -199,11 +267,34 @@ class Catalog:
         marks[list(rows)] = retired
         if marks.all():
             raise CatalogError(f"All {len(self)} items would be retired. Keep at least one to recommend.")
-        return Catalog(self.items, self.codes, self.codebook_sizes, self.token_ids, marks)
+        return self.respelt(self.items, [self.codes], marks)
+
+    def respelt(
+        self,
+        items: Sequence[Mapping[str, Any]],
+        codes: Sequence[npt.NDArray[np.integer]],
+        retired: npt.NDArray[np.bool_],
+        version: str | None = None,
+    ) -> "Catalog":
+        """Other items, with codes in tables below one another, in the same codebooks and tokens as this catalog."""
+        whole = stacked(codes) if self.is_text else np.concatenate(codes)
+        return Catalog(items, whole, self.codebook_sizes, self.token_ids, retired, version, self.spelling)
 
     def token_strings(self) -> list[list[str]]:
-        """Per level, the K_l strings that spell its codes, such as `<s0_17>`."""
+        """Per level, the K_l strings that spell its codes, such as `<s0_17>`.
+
+        Raises:
+            CatalogError: in text mode, where items have no tokens of their own.
+        """
+        self._require_semantic_ids("name tokens of its own")
         return [[f"<s{level}_{code}>" for code in range(size)] for level, size in enumerate(self.codebook_sizes)]
+
+    def _require_semantic_ids(self, what: str) -> None:
+        if self.is_text:
+            raise CatalogError(
+                f"Items are spelt as their titles, so the catalog cannot {what}. Train on it as it is: the tokenizer "
+                "needs no new tokens."
+            )
 
     @classmethod
     def from_build(cls, folder: str | Path) -> Self:
@@ -211,9 +302,9 @@ class Catalog:
         folder = Path(folder)
         if not (folder / "semantic_ids.json").is_file():
             raise CatalogError(f"{folder} holds no semantic_ids.json. Run semantic_ids/build.py with --out {folder}.")
-        described = _read_object(folder / "semantic_ids.json", "codebook_sizes")
+        described = read_object(folder / "semantic_ids.json", "codebook_sizes")
         tensors = read_tensors(folder / CODES_FILE)
-        return cls(read_items(folder / ITEMS_FILE), tensors["codes"], described["codebook_sizes"])
+        return cls(read_items(folder / ITEMS_FILE), codes_in(tensors), described["codebook_sizes"])
 
     def save(self, folder: str | Path) -> None:
         """Writes items.jsonl, codes.safetensors and catalog.json; each file whole or not at all."""
@@ -221,17 +312,26 @@ class Catalog:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(folder / ITEMS_FILE) as temporary:
             temporary.write_bytes(item_lines(self.items))
-        tensors: dict[str, npt.NDArray[Any]] = {"codes": self.codes}
-        for level, ids in enumerate(self.token_ids or ()):
-            tensors[f"token_ids.{level}"] = ids
+        tensors = self.code_tensors()
+        if not self.is_text:
+            tensors |= {f"{TOKEN_IDS}{level}": ids for level, ids in enumerate(self.token_ids or ())}
         if self.retired.any():
             tensors["retired"] = self.retired
         with atomic_path(folder / CODES_FILE) as temporary:
             save_file(tensors, temporary)
-        write_json(
-            folder / CATALOG_FILE,
-            {"version": self.content_hash, "items": len(self), "codebook_sizes": list(self.codebook_sizes)},
-        )
+        described: dict[str, Any] = {"version": self.content_hash, "items": len(self)}
+        if self.spelling is not None:
+            described["titles"] = asdict(self.spelling)
+        else:
+            described["codebook_sizes"] = list(self.codebook_sizes)
+        write_json(folder / CATALOG_FILE, described)
+
+    def code_tensors(self, first: int = 0) -> dict[str, npt.NDArray[Any]]:
+        """The codes from row `first` on as `codes_in` reads them; those of text mode without what fills them up."""
+        if not self.is_text:
+            return {"codes": np.ascontiguousarray(self.codes[first:])}
+        codes, lengths = packed(self.codes[first:])
+        return {"codes": codes, "lengths": lengths}
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -240,69 +340,15 @@ class Catalog:
         missing = [name for name in (ITEMS_FILE, CODES_FILE, CATALOG_FILE) if not (folder / name).is_file()]
         if missing:
             raise CatalogError(f"{folder} lacks {', '.join(missing)}. Point to the catalog folder of an artefact.")
-        described = _read_object(folder / CATALOG_FILE, "codebook_sizes", "version")
+        described = read_object(folder / CATALOG_FILE, "version")
+        spelling = spelling_in(described, folder / CATALOG_FILE)
         tensors = read_tensors(folder / CODES_FILE)
-        levels = [tensors[name] for name in sorted(tensors, key=_level_of) if name.startswith("token_ids.")]
-        items, sizes = read_items(folder / ITEMS_FILE), described["codebook_sizes"]
-        catalog = cls(items, tensors["codes"], sizes, levels or None, tensors.get("retired"))
+        items, sizes = read_items(folder / ITEMS_FILE), described.get("codebook_sizes", ())
+        levels = token_ids_in(tensors) or None
+        catalog = cls(items, codes_in(tensors), sizes, levels, tensors.get("retired"), spelling=spelling)
         if catalog.content_hash != described["version"]:
             raise CatalogError(
                 f"The catalog in {folder} has version {catalog.content_hash}, its catalog.json says "
                 f"{described['version']}. Its files come from different catalogs: restore the folder."
             )
         return catalog
-
-
-def _level_of(name: str) -> int:
-    return int(name.rpartition(".")[2]) if name.startswith("token_ids.") else -1
-
-
-def read_items(path: Path) -> list[dict[str, Any]]:
-    """The items of a JSON-lines file, in its order; raises CatalogError for a file that is none."""
-    collecting = gc.isenabled()
-    # A million new dictionaries would be looked through for garbage again and again; there is none among them.
-    gc.disable()
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = [line for line in file if line != "\n"]
-        # One document is parsed three times as fast as a million lines.
-        items: list[dict[str, Any]] = json.loads(f"[{','.join(lines)}]")
-        if len(items) != len(lines) or not all(isinstance(item, dict) and "item_id" in item for item in items):
-            raise ValueError("a line is not one item with an item_id")
-    except (OSError, ValueError, RecursionError) as error:
-        raise CatalogError(f"{path} is no table of items ({error}). Restore the file, or build it again.") from error
-    finally:
-        if collecting:
-            gc.enable()
-    return items
-
-
-def item_lines(items: Sequence[Mapping[str, Any]]) -> bytes:
-    """Items as JSON lines; raises CatalogError for a value that JSON does not have, or half a character."""
-    try:
-        lines = (json.dumps(dict(item), ensure_ascii=False, allow_nan=False) + "\n" for item in items)
-        return "".join(lines).encode()
-    except (TypeError, ValueError) as error:
-        raise CatalogError(f"An item cannot be written ({error}). Give texts, numbers, lists and null.") from error
-
-
-def read_tensors(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of a codes file, "codes" among them; raises CatalogError if it is torn or holds none."""
-    try:
-        tensors: dict[str, npt.NDArray[Any]] = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CatalogError(f"{path} cannot be read ({error}). Restore the file, or build it again.") from error
-    if "codes" not in tensors:
-        raise CatalogError(f"{path} holds {sorted(tensors)}, but no codes. Restore the file, or build it again.")
-    return tensors
-
-
-def _read_object(path: Path, *names: str) -> dict[str, Any]:
-    """A JSON object with these keys."""
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if missing := [name for name in names if name not in found]:
-            raise ValueError(f"it has no {missing[0]}")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CatalogError(f"{path} cannot be read ({error}). Restore the folder, or build it again.") from error
-    return found

@@ -26,16 +26,8 @@ import numpy.typing as npt
 from safetensors.numpy import save
 
 from llmrec import __version__
-from llmrec.catalog import (
-    CATALOG_FILE,
-    CATALOG_FOLDER,
-    CODES_FILE,
-    ITEMS_FILE,
-    Catalog,
-    item_lines,
-    read_items,
-    read_tensors,
-)
+from llmrec.catalog import CATALOG_FOLDER, Catalog
+from llmrec.catalog_files import CATALOG_FILE, CODES_FILE, ITEMS_FILE, codes_in, item_lines, read_items, read_tensors
 from llmrec.exceptions import ArtefactError, CatalogError
 from llmrec.storage import atomic_folder, sha256_of, write_json
 
@@ -100,12 +92,12 @@ class CatalogVersions:
             if change["added"]:
                 folder = self._whole(change)
                 items += read_items(folder / ITEMS_FILE)
-                codes.append(read_tensors(folder / CODES_FILE)["codes"])
+                codes.append(codes_in(read_tensors(folder / CODES_FILE)))
             retired = (retired | set(change["retired"])) - set(change["restored"])
         marks = np.zeros(len(items), dtype=bool)
         if retired:
             marks[:] = [str(item["item_id"]) in retired for item in items]
-        made = Catalog(items, np.concatenate(codes), self.base.codebook_sizes, self.base.token_ids, marks, version)
+        made = self.base.respelt(items, codes, marks, version)
         if made.content_hash != chain[0]["catalog"]:
             raise CatalogError(
                 f"The files of version {version} in {self.folder} make the catalog {made.content_hash}, not "
@@ -242,7 +234,7 @@ class CatalogVersions:
         files: dict[str, bytes] = {}
         if added:
             files[ITEMS_FILE] = item_lines(catalog.items[-added:])
-            files[CODES_FILE] = save({"codes": np.ascontiguousarray(catalog.codes[-added:])})
+            files[CODES_FILE] = save(catalog.code_tensors(len(catalog) - added))
         note = note.encode("utf-8", "replace").decode("utf-8")
         described = {
             "parent": parent.version,

@@ -48,10 +48,10 @@ def decode(
         raise RequestError("A prompt has no tokens. Give the template a beginning-of-sequence token.")
     if limit is not None and max(lengths) + levels - 1 > limit:
         raise RequestError(
-            f"A prompt of {max(lengths)} tokens and {levels} code tokens exceed the model's {limit} positions. "
+            f"A prompt of {max(lengths)} tokens and {levels} of an item exceed the model's {limit} positions. "
             "Shorten the history."
         )
-    tokens, mask, positions = _pad_left(prompts, trie.device)
+    tokens, mask, positions = pad_left(prompts, trie.device)
     rows = torch.arange(len(lengths), device=trie.device).unsqueeze(1)
     position = torch.tensor(lengths, device=trie.device).unsqueeze(1)  # (B, 1) of the next token
     with _masked_attention(model):
@@ -101,7 +101,8 @@ def score_catalog(
 ) -> torch.Tensor:
     """The brute-force definition: the score of every item after one prompt, by running each item's tokens in full.
 
-    No cache, no trie walk for the scores, no padding: slow, and what `decode` is tested against.
+    No cache, no trie walk for the scores, no padding: slow, and what `decode` is tested against. An item's tokens end
+    before the first "nothing"; probabilities are over the trie's `vocabulary`, if it has one.
 
     Returns:
         (N,) float64 log-probabilities, by catalog row; -inf for a retired item.
@@ -111,23 +112,24 @@ def score_catalog(
     for level in range(flat.num_levels):  # a leaf's ancestors are the nodes whose run of rows holds it
         node = np.searchsorted(flat.first_leaf[level], np.arange(flat.num_items), side="right") - 1
         codes[flat.item_of_leaf, level] = trie.token[level].cpu().numpy()[node]
+    live = flat.leaf_of_item >= 0
     scores = torch.full((len(codes),), -torch.inf, dtype=torch.float64)
     for row in flat.item_of_leaf.tolist():
-        continuation = codes[row].tolist()
+        continuation = codes[row][codes[row] >= 0].tolist()
         sequence = torch.tensor([[*prompt, *continuation]], device=trie.device)
         logits = model(input_ids=sequence, use_cache=False).logits[0, len(prompt) - 1 : -1].double()  # (L, V)
         total = 0.0
         for level, token in enumerate(continuation):
-            legal = slice(None)
+            legal = slice(None) if trie.vocabulary is None else trie.vocabulary
             if renormalize:
-                same = (codes[:, :level] == codes[row, :level]).all(axis=1)
-                legal = torch.from_numpy(np.unique(codes[same, level]))  # type: ignore[assignment]
+                same = live & (codes[:, :level] == codes[row, :level]).all(axis=1)
+                legal = torch.from_numpy(np.unique(codes[same, level]))
             total += float(logits[level, token] - logits[level, legal].logsumexp(-1))
         scores[row] = total
     return scores
 
 
-def _pad_left(
+def pad_left(
     prompts: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Token ids, attention mask and position ids, each (B, T); padding holds token 0, which the mask hides."""

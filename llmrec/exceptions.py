@@ -53,6 +53,10 @@ class EngineError(LLMRecError, RuntimeError):
     """vLLM cannot run this model's beam search, or its internals are not the ones llmrec was built for."""
 
 
+class RecipeError(LLMRecError, ValueError):
+    """A recipe or a command line of a stage cannot be read, or names what the stage does not know."""
+
+
 class StageError(LLMRecError, RuntimeError):
     """A stage's script is missing, or ended with an error."""
 

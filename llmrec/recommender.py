@@ -1,29 +1,33 @@
 """Recommender: an artefact folder (model, tokenizer, catalog, prompt) that answers histories with items."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from llmrec import __version__, artefact
+from llmrec.artefact_parts import PROMPT_FILE, SETTINGS_FILE, PromptEncoder, Settings, load_parts
 from llmrec.beam import TrieTensors
 from llmrec.catalog import CATALOG_FOLDER, Catalog
-from llmrec.catalog_versions import CatalogVersions, refuse_to_replace
+from llmrec.catalog_versions import refuse_to_replace
 from llmrec.decoding import decode
-from llmrec.exceptions import ArtefactError, BackboneError, RequestError
+from llmrec.exceptions import BackboneError, RequestError
 from llmrec.item_tokenizer import TOKENIZER_FOLDER, copy_tokenizer
-from llmrec.prompt import Prompt
+from llmrec.prompt import Event, Prompt
 from llmrec.storage import atomic_folder, write_json
-from llmrec.vocabulary import PlainText, start_token
+from llmrec.tasks.templates import load_templates, save_templates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SETTINGS_FILE, PROMPT_FILE = "llmrec.json", "prompt.jinja"
+__all__ = ["PromptEncoder", "Recommendation", "Recommender", "Settings", "check_request", "load_parts"]
+
+# Tasks whose templates turn a history, and one of them whose turn a query, into an item.
+HISTORY_TASKS, SEARCH_TASK = ("next_item", "preference"), "search"
 # So many tokens, of prompts and beams, are held by one search's cache: bounds its memory.
 _CACHED_TOKENS = 32_000
 
@@ -45,29 +49,6 @@ class Recommendation:
     title: str
 
 
-@dataclass
-class Settings:
-    """How an artefact is used; `llmrec.json` in its folder.
-
-    Attributes:
-        max_history: the most recent items that the prompt shows; older ones only count as seen.
-        num_beams: beams of a search, unless a request wants more items than that.
-        split: content hash of the split it was trained on, "" if unknown.
-        protocol: how that split was made (`Split.protocol`), empty if unknown.
-        training: what it was trained with (arguments, seed, versions), for the record.
-    """
-
-    max_history: int = 20
-    num_beams: int = 50
-    split: str = ""
-    protocol: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.max_history < 1 or self.num_beams < 1:
-            raise RequestError(f"max_history is {self.max_history} and num_beams {self.num_beams}. Both count from 1.")
-
-
 class Recommender:
     """Recommends the next items of a history with a causal language model in transformers.
 
@@ -77,6 +58,8 @@ class Recommender:
         model, tokenizer, catalog, prompt, settings: the artefact's parts.
         item_tokenizer: the folder of what gives new items their codes (`ItemTokenizer.load`), if it is known; it goes
             into a saved artefact.
+        templates: the prompts of each task that the model was trained on, by task and name; `search` and requests with
+            variables use them, and they go into a saved artefact.
     """
 
     def __init__(
@@ -87,15 +70,17 @@ class Recommender:
         prompt: Prompt,
         settings: Settings | None = None,
         item_tokenizer: Path | None = None,
+        templates: Mapping[str, Mapping[str, Prompt]] | None = None,
     ) -> None:
         self.item_tokenizer = item_tokenizer
+        self.templates = templates or {}
         self.model = model
         self.tokenizer = tokenizer
         self.catalog = catalog
         self.prompt = prompt
         self.settings = settings or Settings()
         self.encoder = PromptEncoder(tokenizer, catalog, prompt, self.settings)
-        self._trie = TrieTensors(catalog.trie, catalog.require_tokens(), model.device)
+        self._trie = TrieTensors.of(catalog, self.settings.softmax, model.device)
 
     @classmethod
     def from_pretrained(
@@ -127,7 +112,8 @@ class Recommender:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         own = folder / TOKENIZER_FOLDER
-        return cls(model, tokenizer, catalog, prompt, settings, own if own.is_dir() else None)
+        templates = load_templates(folder / artefact.TEMPLATES_FOLDER)
+        return cls(model, tokenizer, catalog, prompt, settings, own if own.is_dir() else None, templates)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the artefact folder, whole or not at all; its model also loads with plain transformers and vLLM.
@@ -143,6 +129,7 @@ class Recommender:
             self.tokenizer.save_pretrained(temporary)
             self.catalog.save(temporary / CATALOG_FOLDER)
             (temporary / PROMPT_FILE).write_text(self.prompt.source + "\n", encoding="utf-8")
+            save_templates(self.templates, temporary / artefact.TEMPLATES_FOLDER)
             if self.item_tokenizer is not None:
                 copy_tokenizer(self.item_tokenizer, temporary / TOKENIZER_FOLDER, self.catalog.content_hash)
             write_json(temporary / SETTINGS_FILE, {"llmrec": __version__, **asdict(self.settings)})
@@ -163,6 +150,8 @@ class Recommender:
         exclude_seen: bool = True,
         num_beams: int | None = None,
         ignore_unknown: bool = False,
+        events: Sequence[Event | Mapping[str, Any]] | None = None,
+        **variables: Any,
     ) -> list[Recommendation]:
         """The k most probable next items of one history, best first.
 
@@ -175,19 +164,50 @@ class Recommender:
             exclude_seen: whether items of the history are no candidates.
             num_beams: beams; at least k are used. More find better items, and N finds the very best.
             ignore_unknown: skip ids that the catalog does not hold, instead of refusing.
+            events: what is known of each place of the history: its action, domain and timestamp.
+            variables: whatever else a prompt of the artefact uses, such as `preference`.
 
         Raises:
             UnknownItemError: if the history names unknown items.
-            RequestError: if k is below 1.
+            RequestError: if k is below 1, events do not fit the history, or no prompt has a place for the variables.
+            PromptError: if the prompt uses what it was not given.
         """
         if isinstance(history, str):
             raise RequestError(f"The history is the string {history[:80]!r}. Give a list of item ids.")
+        if events is not None:
+            if len(events) != len(history):
+                raise RequestError(
+                    f"{len(history)} items came with {len(events)} events. Give one event per item of the history."
+                )
+            there = [self.catalog.rows([item], ignore_unknown=True) for item in history]
+            events = [event for event, found in zip(events, there, strict=True) if found]
         rows = self.catalog.rows(history, ignore_unknown)
-        found, scores = self.recommend_rows([rows], k, exclude_seen, num_beams)
-        return [
-            Recommendation(self.catalog.ids[row], rank, score, self.catalog.title(row))
-            for rank, (row, score) in enumerate(zip(found[0], scores[0], strict=True), start=1)
-        ]
+        given: dict[str, Any] = {name: [value] for name, value in variables.items()}
+        found, scores = self.recommend_rows(
+            [rows], k, exclude_seen, num_beams, events=None if events is None else [events], **given
+        )
+        return self._named(found[0], scores[0])
+
+    def search(self, query: str, k: int = 10, num_beams: int | None = None) -> list[Recommendation]:
+        """The k items that the model most probably means by a query, best first.
+
+        The prompt is the artefact's own search template; of several, the first by name.
+
+        Raises:
+            RequestError: if the model was not trained to search, the query is empty, or k is below 1.
+        """
+        if not isinstance(query, str) or not query.strip():
+            raise RequestError(f"The query is {query!r}. Give some words to search for.")
+        templates = self.templates.get(SEARCH_TASK)
+        if not templates:
+            raise RequestError(
+                f"The artefact has templates for {', '.join(sorted(self.templates)) or 'no task'}, and none to search "
+                f"with. Train one with the task {SEARCH_TASK!r}."
+            )
+        beams = check_request(k, self.settings.num_beams if num_beams is None else num_beams)
+        tokens = self.encoder.encode([], prompt=templates[min(templates)], query=query)
+        ((rows, scores),) = self._decoded([tokens], k, beams, [np.zeros(0, dtype=np.int64)])
+        return self._named(rows, scores)
 
     def recommend_rows(
         self,
@@ -196,76 +216,78 @@ class Recommender:
         exclude_seen: bool = True,
         num_beams: int | None = None,
         progress: bool = False,
+        events: Sequence[Sequence[Event | Mapping[str, Any]] | None] | None = None,
+        **variables: Sequence[Any],
     ) -> tuple[list[list[int]], list[list[float]]]:
-        """`recommend` for many histories of catalog rows: the rows found and their log-probabilities, in order."""
+        """`recommend` for many histories of catalog rows: the rows found and their log-probabilities, in order.
+
+        Events, and each of the variables, come as one entry per history.
+        """
         beams = check_request(k, self.settings.num_beams if num_beams is None else num_beams)
         if outside := [row for rows in histories for row in rows if not 0 <= row < len(self.catalog)]:
             raise RequestError(f"Row {outside[0]} is not in the catalog of {len(self.catalog)}. Rows count from 0.")
-        prompts = [self.encoder.encode(rows) for rows in histories]
-        items: list[list[int]] = [[] for _ in histories]
-        scores: list[list[float]] = [[] for _ in histories]
+        for name, values in {"events": events, **variables}.items():
+            if values is not None and (isinstance(values, str) or len(values) != len(histories)):
+                raise RequestError(
+                    f"{name} is {str(values)[:80]!r}. Give one entry for each of {len(histories)} histories."
+                )
+        prompt = self._prompt_with(variables)
+        prompts = [
+            self.encoder.encode(
+                rows,
+                None if events is None else events[place],
+                prompt,
+                **{name: values[place] for name, values in variables.items()},
+            )
+            for place, rows in enumerate(histories)
+        ]
+        excluded = [np.array(rows if exclude_seen else (), dtype=np.int64) for rows in histories]
+        found = self._decoded(prompts, k, beams, excluded, progress)
+        return [rows for rows, _ in found], [scores for _, scores in found]
+
+    def _prompt_with(self, variables: Collection[str]) -> Prompt:
+        """The prompt that takes variables of these names: the artefact's own, or else the first of its templates."""
+        own = [self.templates.get(task, {}) for task in HISTORY_TASKS]
+        prompts = [self.prompt, *(named[name] for named in own for name in sorted(named))]
+        for prompt in prompts:
+            if prompt.variables.issuperset(variables):
+                return prompt
+        known = sorted(frozenset().union(*(prompt.variables for prompt in prompts)) - {"history"})
+        raise RequestError(
+            f"No prompt of the artefact has a place for {', '.join(sorted(variables))}; beside the history they take "
+            f"{', '.join(known) or 'nothing'}. Leave it out, or train with a template that uses it."
+        )
+
+    def _named(self, rows: Sequence[int], scores: Sequence[float]) -> list[Recommendation]:
+        return [
+            Recommendation(self.catalog.ids[row], rank, score, self.catalog.title(row))
+            for rank, (row, score) in enumerate(zip(rows, scores, strict=True), start=1)
+        ]
+
+    def _decoded(
+        self,
+        prompts: Sequence[Sequence[int]],
+        k: int,
+        beams: int,
+        excluded: Sequence[npt.NDArray[np.int64]],
+        progress: bool = False,
+    ) -> list[tuple[list[int], list[float]]]:
+        """The best rows after each prompt, and their scores."""
+        answers: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
         width = min(beams, len(self.catalog)) * self.catalog.num_levels
         for places in _batches([len(prompt) for prompt in prompts], width, progress):
-            seen = [np.array(histories[place], dtype=np.int64) for place in places]
-            found = decode(
-                self.model, [prompts[place] for place in places], self._trie, beams, seen if exclude_seen else None
-            )
-            for place, rows, values, gone in zip(
-                places, found.items.tolist(), found.scores.tolist(), seen, strict=True
-            ):
-                items[place] = [row for row in rows[:k] if row >= 0]
-                scores[place] = values[: len(items[place])]
-                remaining = self.catalog.candidates(gone if exclude_seen else ())
-                if len(items[place]) != min(k, remaining):
+            gone = [excluded[place] for place in places]
+            found = decode(self.model, [prompts[place] for place in places], self._trie, beams, gone)
+            for place, items, values in zip(places, found.items.tolist(), found.scores.tolist(), strict=True):
+                rows = [row for row in items[:k] if row >= 0]
+                answers[place] = rows, values[: len(rows)]
+                remaining = self.catalog.candidates(excluded[place])
+                if len(rows) != min(k, remaining):
                     raise BackboneError(
                         f"The model's scores are not numbers: a search for {min(k, remaining)} items found "
-                        f"{len(items[place])}. Its weights are broken or its dtype overflows; load it in float32."
+                        f"{len(rows)}. Its weights are broken or its dtype overflows; load it in float32."
                     )
-        return items, scores
-
-
-class PromptEncoder:
-    """Histories of catalog rows to prompts of token ids; shared by transformers, the server and training."""
-
-    def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", catalog: Catalog, prompt: Prompt, settings: Settings
-    ) -> None:
-        self.catalog = catalog
-        self.settings = settings
-        self._prompt = prompt
-        self._text = PlainText(tokenizer)
-        self._start = start_token(tokenizer)
-
-    def encode(self, rows: Sequence[int]) -> list[int]:
-        """Token ids of the prompt for the last `max_history` of `rows`, oldest first."""
-        recent = list(rows)[-self.settings.max_history :]
-        return self._prompt.encode(self.catalog, recent, self._text, self._start)
-
-
-def load_parts(
-    folder: Path, tokenizer: "PreTrainedTokenizerBase", catalog_version: str | None = None
-) -> tuple["PreTrainedTokenizerBase", Catalog, Prompt, Settings]:
-    """Everything of an artefact but the model, with a version of the catalog, by default the current one.
-
-    Raises:
-        ArtefactError: if the tokenizer is not the catalog's.
-        CatalogError: if there is no such version.
-    """
-    if not (folder / SETTINGS_FILE).is_file():
-        raise ArtefactError(
-            f"{folder} holds no {SETTINGS_FILE}: it is a model, but not an llmrec artefact. "
-            "Train one with train/sft.py, or point to its artefact folder."
-        )
-    stored = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-    settings = Settings(**{name: value for name, value in stored.items() if name in Settings.__dataclass_fields__})
-    catalog = CatalogVersions(folder / CATALOG_FOLDER).load(catalog_version)
-    for strings, ids in zip(catalog.token_strings(), catalog.require_tokens(), strict=True):
-        if tokenizer.convert_tokens_to_ids(strings) != ids.tolist():
-            raise ArtefactError(
-                f"The tokenizer in {folder} spells {strings[0]!r} otherwise than its catalog. "
-                "The files come from different artefacts: restore the folder."
-            )
-    return tokenizer, catalog, Prompt.read(folder / PROMPT_FILE), settings
+        return answers
 
 
 def check_request(k: int, num_beams: int) -> int:

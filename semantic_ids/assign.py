@@ -2,7 +2,8 @@
 
 The items join the catalog of an artefact, or of a folder that semantic_ids/build.py wrote, as a new version beside
 those before it; `llmrec ids log` shows them and `llmrec ids rollback` goes back. Their texts are embedded with the
-model that embedded the catalog's, unless --embeddings holds them already. Items that the catalog has are left alone.
+model that embedded the catalog's, unless --embeddings holds them already. Where a catalog spells its items as titles,
+the artefact's own tokenizer spells the new ones, and nothing is embedded. Items that the catalog has are left alone.
 
 Examples:
     python semantic_ids/assign.py --catalog run/artefact --items new_items.jsonl
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrec.data.arguments import ColumnArguments
-from llmrec.exceptions import ArtefactError, DataError
+from llmrec.exceptions import ArtefactError, DataError, RecipeError
 from llmrec.script import parser, run
 
 if TYPE_CHECKING:
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from trl import TrlParser
 
+    from llmrec.catalog import Catalog
+    from llmrec.catalog_versions import CatalogVersions
     from llmrec.data import Items
+    from llmrec.item_tokenizer import ItemTokenizer
     from llmrec.quantization.assignment import AssignmentReport
 
 # What of an embedding's origin says how texts are encoded.
@@ -57,31 +61,19 @@ class AssignArguments:
 def main(arguments: AssignArguments, names: ColumnArguments) -> None:
     from rich.console import Console
 
+    from llmrec.catalog_files import CATALOG_FILE
     from llmrec.catalog_versions import CatalogVersions
-    from llmrec.item_tokenizer import RECORD_FILE, TOKENIZER_FOLDER, ItemTokenizer
     from llmrec.storage import write_json
 
     console = Console(stderr=True)
     folder = Path(arguments.catalog)
-    # An artefact keeps its tokenizer in a folder of its own; a built folder is one.
-    own = folder / TOKENIZER_FOLDER if (folder / TOKENIZER_FOLDER).is_dir() else folder
-    if arguments.tokenizer is None and not (own / RECORD_FILE).is_file():
-        raise ArtefactError(
-            f"{folder} does not carry the codebooks that its codes come from. "
-            "Name the folder that semantic_ids/build.py wrote with --tokenizer."
-        )
-    tokenizer = ItemTokenizer.load(arguments.tokenizer or own)
+    versions = CatalogVersions.inside(folder)
+    titles = (versions.folder / CATALOG_FILE).is_file() and versions.base.is_text
+    tokenizer = None if titles else _item_tokenizer(arguments, folder, versions)
     items = names.read_items(arguments.items)
     begun = time.monotonic()
-    versions = CatalogVersions.inside(folder)
     catalog = versions.load()
     loaded = time.monotonic() - begun
-    made_for = tokenizer.record.get("catalog")
-    if made_for is not None and made_for != versions.base.content_hash:
-        raise ArtefactError(
-            f"The tokenizer's codes are of the catalog {made_for}, and {folder} began as "
-            f"{versions.base.content_hash}. Name the build that this catalog comes from with --tokenizer."
-        )
     there = set(catalog.ids)
     places = [place for place, item in enumerate(items.ids) if item not in there]
     known = len(items.ids) - len(places)
@@ -94,18 +86,23 @@ def main(arguments: AssignArguments, names: ColumnArguments) -> None:
     result: dict[str, Any] = {"parent": catalog.version, "version": catalog.version, "items": len(catalog)}
     result |= {"live": catalog.num_live, "known": known, "added": 0, "dry_run": arguments.dry_run}
     if new_ids:
-        vectors = _embedded(arguments, tokenizer, items, new_ids, console)
-        begun = time.monotonic()
-        assignment = tokenizer.assign(new_ids, vectors, catalog)
-        _show(console, assignment.report)
+        report = None
+        if tokenizer is None:
+            begun = time.monotonic()
+            codes = _spelt(arguments, folder, rows, catalog)
+        else:
+            vectors = _embedded(arguments, tokenizer, items, new_ids, console)
+            begun = time.monotonic()
+            assignment = tokenizer.assign(new_ids, vectors, catalog)
+            _show(console, assignment.report)
+            codes, report = assignment.codes, assignment.report.to_dict()
         version = "nothing was changed"
         if not arguments.dry_run:
-            version = versions.add(rows, assignment.codes, arguments.note, catalog.version)
+            version = versions.add(rows, codes, arguments.note, catalog.version)
             result |= {"version": version, "items": len(catalog) + len(rows), "live": catalog.num_live + len(rows)}
         seconds = loaded + time.monotonic() - begun
-        codes = dict(zip(new_ids, assignment.codes.tolist(), strict=True))
-        result |= {"added": len(rows), "assignment": assignment.report.to_dict(), "seconds": round(seconds, 3)}
-        result |= {"codes": codes}
+        result |= {"added": len(rows), "assignment": report, "seconds": round(seconds, 3)}
+        result |= {"codes": dict(zip(new_ids, codes.tolist(), strict=True))}
         console.print(f"{result['items']:,} items, version {version}: {seconds:.1f} s beside embedding")
     else:
         console.print("There is no new item: nothing was changed.")
@@ -113,9 +110,50 @@ def main(arguments: AssignArguments, names: ColumnArguments) -> None:
         write_json(arguments.json, result)
 
 
+def _item_tokenizer(arguments: AssignArguments, folder: Path, versions: "CatalogVersions") -> "ItemTokenizer":
+    """What gives new items of this catalog their codes."""
+    from llmrec.item_tokenizer import RECORD_FILE, TOKENIZER_FOLDER, ItemTokenizer
+
+    # An artefact keeps its tokenizer in a folder of its own; a built folder is one.
+    own = folder / TOKENIZER_FOLDER if (folder / TOKENIZER_FOLDER).is_dir() else folder
+    if arguments.tokenizer is None and not (own / RECORD_FILE).is_file():
+        raise ArtefactError(
+            f"{folder} does not carry the codebooks that its codes come from. "
+            "Name the folder that semantic_ids/build.py wrote with --tokenizer."
+        )
+    tokenizer = ItemTokenizer.load(arguments.tokenizer or own)
+    made_for = tokenizer.record.get("catalog")
+    if made_for is not None and made_for != versions.base.content_hash:
+        raise ArtefactError(
+            f"The tokenizer's codes are of the catalog {made_for}, and {folder} began as "
+            f"{versions.base.content_hash}. Name the build that this catalog comes from with --tokenizer."
+        )
+    return tokenizer
+
+
+def _spelt(
+    arguments: AssignArguments, folder: Path, rows: list[dict[str, Any]], catalog: "Catalog"
+) -> "npt.NDArray[np.int32]":
+    """The new items' codes (M, L) where the catalog's are their titles."""
+    from transformers import AutoTokenizer
+
+    from llmrec.title_spelling import spell_new_items
+
+    if arguments.tokenizer or arguments.embeddings:
+        raise RecipeError(
+            f"The items of {folder} are spelt as their titles, by the artefact's own tokenizer. "
+            "Leave --tokenizer and --embeddings out."
+        )
+    if not (folder / "tokenizer_config.json").is_file():
+        raise ArtefactError(
+            f"{folder} has no tokenizer to spell titles with. Name the artefact's folder, not its catalog's."
+        )
+    return spell_new_items(rows, AutoTokenizer.from_pretrained(folder), catalog)
+
+
 def _embedded(
     arguments: AssignArguments,
-    tokenizer: Any,
+    tokenizer: "ItemTokenizer",
     items: "Items",
     new_ids: list[str],
     console: "Console",

@@ -4,7 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from llmrec.artefact import MANIFEST, push_to_hub, resolve, verify_manifest, write_manifest
+from llmrec.artefact import (
+    MANIFEST,
+    listed_files,
+    push_to_hub,
+    resolve,
+    verify_manifest,
+    weights_hash,
+    write_manifest,
+)
 from llmrec.exceptions import ArtefactError
 from llmrec.storage import sha256_of
 
@@ -273,3 +281,76 @@ def test_push_refuses_a_broken_artefact_before_it_asks_the_hub(artefact: Path) -
     (artefact / "config.json").unlink()
     with pytest.raises(ArtefactError, match=r"config\.json is missing"):
         push_to_hub(artefact, "me/rec")
+
+
+def test_resolve_says_that_a_repository_is_gated(artefact, fake_hub, run_python, tmp_path) -> None:
+    """As the Hub does it: what there is may be listed by anyone, and read by those with access."""
+    fake_hub.put("me/rec", artefact)
+    find = fake_hub.find
+
+    def gated(repo_id: str, revision: str):
+        return "GatedRepo" if "/resolve/" in fake_hub.requests[-1] else find(repo_id, revision)
+
+    fake_hub.find = gated
+    result = run_python(RESOLVE.format("me/rec", None), **fake_hub.variables(tmp_path / "home"))
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("llmrec.exceptions.ArtefactError")
+    assert "is gated" in last
+    assert f"Ask for access at {fake_hub.endpoint}/me/rec and log in" in last
+
+
+def test_revisions_stay_pinned_offline(artefact, fake_hub, run_python, tmp_path) -> None:
+    fake_hub.put("me/rec", artefact)
+    first = fake_hub.sha(fake_hub.repos["me/rec"]["main"])
+    variables = fake_hub.variables(tmp_path / "home")
+    code = "from llmrec.artefact import resolve\nfor revision in {!r}: print(resolve('me/rec', revision=revision))"
+    assert run_python(code.format([None]), **variables).returncode == 0
+    (artefact / "config.json").write_text('{"model_type": "gpt2"}')
+    write_manifest(artefact)
+    fake_hub.put("me/rec", artefact)
+    fake_hub.put("me/rec", artefact, branch="v2")
+    assert run_python(code.format([None, "v2"]), **variables).returncode == 0
+    asked = len(fake_hub.requests)
+    offline = run_python(code.format([first, None, "v2"]), **variables | {"HF_HUB_OFFLINE": "1"})
+    kinds = [json.loads((Path(line) / "config.json").read_text())["model_type"] for line in offline.stdout.split()]
+    assert kinds == ["llama", "gpt2", "gpt2"]
+    absent = run_python(code.format(["v9"]), **variables | {"HF_HUB_OFFLINE": "1"}).stderr.strip().splitlines()[-1]
+    assert "cache does not hold that repository at revision 'v9', which HF_HUB_OFFLINE forbids to download" in absent
+    assert len(fake_hub.requests) == asked
+
+
+def test_a_card_given_replaces_the_folder_s_own_in_the_upload(artefact, fake_hub, run_python, tmp_path) -> None:
+    code = f"from llmrec.artefact import push_to_hub; push_to_hub({str(artefact)!r}, 'me/rec', card='# given')"
+    pushed = run_python(code, **fake_hub.variables(tmp_path / "home"))
+    assert pushed.returncode == 0, pushed.stderr
+    files = fake_hub.repos["me/rec"]["main"]
+    assert files["README.md"] == b"# given"
+    assert files["catalog/items [1].jsonl"] == (artefact / "catalog" / "items [1].jsonl").read_bytes()
+    assert (artefact / "README.md").read_text() == "# a card"
+
+
+def test_weights_have_a_hash_that_follows_them_alone(artefact: Path) -> None:
+    assert listed_files(artefact)["model.safetensors"] == 2304
+    before = weights_hash(artefact)
+    (artefact / "config.json").write_text("{}")
+    (artefact / "catalog" / "codes.safetensors").write_bytes(b"other")
+    write_manifest(artefact)
+    assert weights_hash(artefact) == before
+    (artefact / "model.safetensors").write_bytes(b"other")
+    write_manifest(artefact)
+    assert weights_hash(artefact) != before
+    (artefact / "model.safetensors").unlink()
+    write_manifest(artefact)
+    with pytest.raises(ArtefactError, match="lists no weights and no tokenizer"):
+        weights_hash(artefact)
+
+
+def test_a_template_of_a_task_that_the_manifest_does_not_know_is_refused(tmp_path):
+    (tmp_path / "prompts" / "search").mkdir(parents=True)
+    (tmp_path / "prompts" / "search" / "plain.jinja").write_text("{{ query }}\n")
+    write_manifest(tmp_path)
+    verify_manifest(tmp_path)
+    (tmp_path / "prompts" / "preference").mkdir()
+    (tmp_path / "prompts" / "preference" / "mine.jinja").write_text("{{ preference }}\n")
+    with pytest.raises(ArtefactError, match=r"mine\.jinja is not in"):
+        verify_manifest(tmp_path)

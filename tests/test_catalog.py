@@ -149,3 +149,37 @@ def test_line_separators_inside_a_title_do_not_end_an_item(tmp_path):
     catalog = Catalog(items, np.array([[0], [1]]), [2])
     catalog.save(tmp_path)
     assert Catalog.load(tmp_path).items == items
+
+
+def test_tokens_of_rows_are_one_behind_the_other():
+    catalog = extended(random_catalog(2))
+    rows = np.random.default_rng(0).integers(0, 40, 17)
+    assert catalog.tokens_of_rows(rows) == [token for row in rows for token in catalog.item_tokens[row].tolist()]
+    assert catalog.tokens_of(7) == catalog.item_tokens[7].tolist()
+    assert catalog.tokens_of_rows([]) == []
+
+
+def test_the_softmax_range_is_all_tokens_of_all_levels():
+    catalog = extended(random_catalog(2))
+    assert catalog.softmax_tokens("vocabulary") is None
+    assert catalog.softmax_tokens("semantic_ids").tolist() == sorted(
+        token for level in catalog.token_ids for token in level.tolist()
+    )
+    with pytest.raises(CatalogError, match="no softmax range 'items' for items spelt as semantic IDs"):
+        catalog.softmax_tokens("items")
+    with pytest.raises(CatalogError, match="no token ids yet"):
+        random_catalog().softmax_tokens("semantic_ids")
+
+
+def test_a_catalog_saved_before_there_were_titles_is_read_as_it_was(tmp_path):
+    catalog = extended(random_catalog(1))
+    catalog.save(tmp_path)
+    assert json.loads((tmp_path / "catalog.json").read_text()) == {
+        "version": catalog.content_hash,
+        "items": 40,
+        "codebook_sizes": [5, 4, 6],
+    }
+    assert not Catalog.load(tmp_path).is_text
+    (tmp_path / "catalog.json").write_text(json.dumps({"version": catalog.content_hash}))
+    with pytest.raises(CatalogError, match="it has no codebook_sizes"):
+        Catalog.load(tmp_path)

@@ -12,7 +12,10 @@ import llmrec.cli.main
 from llmrec.cli.main import app, main
 from llmrec.exceptions import ArtefactError
 
-COMMANDS = ["quickstart", "serve", "recommend", "push", "stages", "run", "doctor", "compare", "baseline"]
+COMMANDS = [
+    *("quickstart", "serve", "recommend", "search", "push", "stages", "run", "doctor", "compare", "baseline"),
+    "export",
+]
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ from factories import random_catalog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrec.examples import IGNORED, next_item_rows, sequence_rows, training_rows
+from llmrec.examples import IGNORED, check_lengths, next_item_rows, sequence_rows, training_rows
 from llmrec.exceptions import PromptError
-from llmrec.prompt import Prompt
+from llmrec.prompt import Event, Prompt
 from llmrec.vocabulary import PlainText, add_catalog_tokens, train_tokenizer
 
 TOKENIZER = train_tokenizer(["text"], 300)
@@ -64,3 +64,34 @@ def test_sequence_supervision_needs_a_bare_prompt():
     prompt = Prompt("Bought {% for item in history %}{{ item.semantic_id }}{% endfor %}")
     with pytest.raises(PromptError, match="supervision 'next_item'"):
         list(training_rows(prompt, CATALOG, [np.array([1, 2])], PlainText(TOKENIZER), START, 5, "sequence"))
+
+
+def test_rows_carry_their_task():
+    text = PlainText(TOKENIZER)
+    bare = Prompt("{% for item in history %}{{ item.semantic_id }}{% endfor %}")
+    for supervision in ("sequence", "next_item"):
+        rows = training_rows(bare, CATALOG, [np.array([3, 1, 4])], text, START, 10, supervision)
+        assert {row["task"] for row in rows} == {supervision}
+
+
+def test_next_item_rows_show_the_events_and_variables_of_their_history():
+    prompt = Prompt("{{ preference }}{% for item in history %}{{ item.gap }}{{ item.semantic_id }}{% endfor %}")
+    text = PlainText(TOKENIZER)
+    events = [[Event(timestamp=0.0), Event(timestamp=60.0), Event(timestamp=180.0)], [Event(timestamp=0.0)]]
+    histories, said = [np.array([5, 6, 7]), np.array([1])], [{"preference": "a"}, {"preference": "b"}]
+    first, second = next_item_rows(prompt, CATALOG, histories, [8, 9], text, START, 2, events, said)
+    tokens = CATALOG.item_tokens
+    question = [START, *text.encode("a"), *tokens[6], *text.encode("2 minutes later"), *tokens[7]]
+    assert first["input_ids"] == [*question, *tokens[8]]
+    assert second["input_ids"] == [START, *text.encode("b"), *tokens[1], *tokens[9]]
+
+
+def test_rows_longer_than_the_model_reads_are_an_error():
+    rows = [{"input_ids": [1] * n, "labels": [1] * n, "task": f"t{n}"} for n in (3, 9, 7, 9, 5)]
+    assert check_lengths(iter(rows), 9) == 9
+    assert check_lengths([], 9) == 0
+    message = (
+        r"^3 row\(s\) are longer than the 6 tokens that the model reads; the longest has 9, of the task 't9'.*Lower"
+    )
+    with pytest.raises(PromptError, match=message):
+        check_lengths(iter(rows), 6)

@@ -41,7 +41,7 @@ def test_training_imports_without(run_python, package):
     program = f"""
 import sys
 sys.modules[{package!r}] = None
-import llmrec.backbones.causal_lm, llmrec.decoding, llmrec.examples, llmrec.recommender, llmrec.training
+import llmrec.backbones.causal_lm, llmrec.decoding, llmrec.examples, llmrec.recommender, llmrec.training.ranking
 import importlib.util
 spec = importlib.util.spec_from_file_location("sft", "train/sft.py")
 spec.loader.exec_module(importlib.util.module_from_spec(spec))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from llmrec.catalog import Catalog
 from llmrec.exceptions import PromptError
-from llmrec.prompt import Prompt
+from llmrec.prompt import Event, Prompt
 from llmrec.vocabulary import PlainText, add_catalog_tokens, start_token, train_tokenizer
 
 TOKENIZER = train_tokenizer(["a customer bought a title"], 320)
@@ -113,6 +113,133 @@ def test_no_text_becomes_a_control_token(parts):
 def test_harmless_text_is_tokenized_as_ever(text):
     if not any(string in text for string in ADDED):
         assert PlainText(TOKENIZER).encode(text) == TOKENIZER.encode(text, add_special_tokens=False)
+
+
+SHOWN = "{% for item in history %}{{ item.semantic_id }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "bare"),
+    [
+        (SHOWN, True),
+        ("{%- for i in history -%}{{ i['semantic_id'] }}{%- endfor -%}", True),
+        ("{{ history | map(attribute='semantic_id') | join }}", True),
+        (SHOWN + " ", False),
+        ("{% if preference is defined %}{{ preference }}{% endif %}" + SHOWN, False),
+        (
+            "{% for i in history %}{% if i.gap is defined %}{{ i.gap }}{% endif %}{{ i.semantic_id }}{% endfor %}",
+            False,
+        ),
+        (
+            "{% for i in history %}{% if i.title is defined %}{{ i.title }}{% endif %}{{ i.semantic_id }}{% endfor %}",
+            False,
+        ),
+        ("{% if history | length > 9 %}A long one: {% endif %}" + SHOWN, False),
+        ("{% for i in history | reverse %}{{ i.semantic_id }}{% endfor %}", False),
+        ("", False),
+    ],
+)
+def test_a_bare_prompt_is_semantic_ids_whatever_it_is_given(source, bare):
+    assert Prompt(source).is_bare is bare
+
+
+def test_the_fast_path_is_the_slow_one():
+    fast, slow = Prompt(SHOWN), Prompt(SHOWN)
+    slow.__dict__["is_bare"] = False
+    for history in ([], [4], [4, 9, 4]):
+        events = [Event("buy", "x", 1.0)] * len(history)
+        arguments = (CATALOG, history, PlainText(TOKENIZER), 1, events)
+        assert fast.encode(*arguments, query="q") == slow.encode(*arguments, query="q")
+
+
+def test_variables_are_text_items_and_lists_of_items():
+    source = (
+        "{{ query }}:{{ candidate.title }}{% for i in liked %},{{ i.brand }}{{ i.semantic_id }}{% endfor %}{{ tags }}"
+    )
+    prompt = Prompt(source)
+    assert prompt.variables == {"query", "candidate", "liked", "tags"}
+    text = PlainText(TOKENIZER)
+    ids = prompt.encode(CATALOG, [], text, 1, query="a b", candidate=5, liked=[2, 4], tags=["x"])
+    expected = [1, *text.encode("a b:Title 5,Brand 2"), *CATALOG.item_tokens[2], *text.encode(",Brand 1")]
+    assert ids == [*expected, *CATALOG.item_tokens[4], *text.encode("['x']")]
+
+
+def test_names_of_jinja_itself_are_no_variables():
+    source = "{% for i in range(3) %}{{ loop.index }}{{ x }}{% set y = 1 %}{{ y }}{% endfor %}{{ dict(a=1).a }}"
+    assert Prompt(source).variables == {"x"}
+
+
+def test_attributes_are_found_however_they_are_written():
+    source = "{{ item.a }}{{ item['b'] }}{{ history | map(attribute='c') | join }}{{ item[0] }}"
+    assert {"a", "b", "c"} <= Prompt(source).attributes
+
+
+@pytest.mark.parametrize("attack", ["\ue0003\ue001", "<s0_3>", "<|eos|>", "{{ 7 * 7 }}"])
+def test_variables_stay_text(attack):
+    prompt = Prompt("{{ query }}{{ more[0] }}{% for i in history %}{{ i.action }}{{ i.domain }}{% endfor %}")
+    events = [{"action": attack, "domain": attack}]
+    ids = prompt.encode(CATALOG, [7], PlainText(TOKENIZER), 1, events, query=attack, more=[attack])
+    assert not set(ADDED.values()) & set(ids[1:])
+    assert "49" not in TOKENIZER.decode(ids)
+
+
+def test_events_are_offered_by_the_items_of_the_history():
+    day = 86_400.0
+    prompt = Prompt("{% for i in history %}{{ i.action }}/{{ i.gap }} {% endfor %}")
+    nan = float("nan")
+    events = [Event("a", None, 0.0), Event("b", None, 2 * day), Event("", None, nan), Event("d", None, 9 * day)]
+    assert prompt.render(CATALOG, [1, 2, 3, 4], events) == "a/ b/2 days later / d/ "
+    assert prompt.render(CATALOG, [1], [{"action": "a", "timestamp": 5}]) == "a/ "
+    with pytest.raises(PromptError, match=r"no attribute 'gap'.*columns \['action', 'brand'"):
+        prompt.render(CATALOG, [1], [Event("a")])
+    with pytest.raises(PromptError, match="no attribute 'action'"):
+        prompt.render(CATALOG, [1])
+    with pytest.raises(PromptError, match="2 items of a history came with 1 events"):
+        prompt.render(CATALOG, [1, 2], [Event("a")])
+
+
+def test_what_is_missing_is_named_with_what_there_is():
+    with pytest.raises(PromptError, match=r"'preference' is undefined.*beside the history there is \['query'\]"):
+        Prompt("{{ preference }}").render(CATALOG, [1], query="x")
+    with pytest.raises(PromptError, match="beside the history there is nothing"):
+        Prompt("{{ preference }}").render(CATALOG, [1])
+    with pytest.raises(PromptError, match="an item is no text"):
+        Prompt("{{ history[0] }}").render(CATALOG, [1])
+    with pytest.raises(PromptError, match="cannot be rendered"):
+        Prompt("{{ history[5].title }}").render(CATALOG, [1])
+
+
+def test_a_dry_rendering_finds_what_is_missing():
+    Prompt("{% for i in history %}{{ i.brand }}{{ i.gap }}{% endfor %}").check(CATALOG, ["gap"])
+    Prompt("{{ preference }}{{ candidate.title }}{{ liked[0].brand }}").check(
+        CATALOG, preference="x", candidate=0, liked=[0]
+    )
+    for source, events in [
+        ("{{ preference }}", []),
+        ("{% for i in history %}{{ i.gap }}{% endfor %}", ["action", "domain"]),
+        ("{% for i in history %}{{ i.action }}{% endfor %}", ["gap", "domain"]),
+        ("{% for i in history %}{{ i.domain }}{% endfor %}", ["gap", "action"]),
+        ("{% if history | length > 1 %}{{ colour }}{% endif %}", []),
+        ("{% if not history %}{{ colour }}{% endif %}", []),
+        ("{{ liked[0].colour }}", []),
+    ]:
+        with pytest.raises(PromptError, match="cannot be rendered"):
+            Prompt(source).check(CATALOG, events, liked=[0])
+
+
+def test_a_column_that_only_some_items_have_is_missing():
+    items = [dict(item, colour="red") for item in CATALOG.items[:39]] + [CATALOG.items[39]]
+    catalog = Catalog(items, CATALOG.codes, CATALOG.codebook_sizes)
+    with pytest.raises(PromptError, match="no attribute 'colour'"):
+        Prompt("{% for i in history %}{{ i.colour }}{% endfor %}").check(catalog)
+
+
+def test_files_that_are_no_templates(tmp_path):
+    with pytest.raises(PromptError, match="cannot be read"):
+        Prompt.read(tmp_path / "none.jinja")
+    (tmp_path / "x.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(PromptError, match="cannot be read"):
+        Prompt.read(tmp_path / "x.jinja")
 
 
 def test_templates_that_do_not_work():

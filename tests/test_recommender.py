@@ -11,10 +11,19 @@ import torch
 from factories import PROMPTS, random_histories, random_recommender
 
 from llmrec import Recommender
+from llmrec.artefact_parts import read_settings
 from llmrec.beam import TrieTensors
 from llmrec.catalog_versions import CatalogVersions
 from llmrec.decoding import score_catalog
-from llmrec.exceptions import ArtefactError, BackboneError, CatalogError, LLMRecError, RequestError, UnknownItemError
+from llmrec.exceptions import (
+    ArtefactError,
+    BackboneError,
+    CatalogError,
+    LLMRecError,
+    PromptError,
+    RequestError,
+    UnknownItemError,
+)
 from llmrec.prompt import Prompt
 from llmrec.recommender import Settings
 
@@ -248,3 +257,157 @@ def test_an_artefact_is_used_with_its_current_catalog_or_one_that_is_named(tmp_p
     with pytest.raises(CatalogError, match=r"1 version\(s\) beside its base, which would be lost"):
         now.save_pretrained(tmp_path / "artefact")
     assert CatalogVersions(tmp_path / "artefact/catalog").current == name
+
+
+TEMPLATES = {
+    "search": {"b": Prompt("Find {{ query }}: "), "a": Prompt("Wanted: {{ query }} = ")},
+    "preference": {
+        "one": Prompt("{{ preference }}! {% for item in history %}{{ item.semantic_id }}{% endfor %} then ")
+    },
+}
+TIMES = Prompt("{% for item in history %}{{ item.semantic_id }} {{ item.action }} {{ item.gap }}, {% endfor %}")
+
+
+def best(recommender, tokens, candidates, k):
+    """The k best candidates after a prompt of tokens, and their scores, by brute force."""
+    trie = TrieTensors.of(recommender.catalog, recommender.settings.softmax)
+    scores = score_catalog(recommender.model, tokens, trie).tolist()
+    order = sorted(candidates, key=lambda row: (-scores[row], recommender.catalog.codes[row].tolist()))[:k]
+    return [f"item-{row}" for row in order], pytest.approx([scores[row] for row in order], abs=1e-9)
+
+
+def taught(recommender, prompt=None, templates=None):
+    parts = recommender.model, recommender.tokenizer, recommender.catalog, prompt or recommender.prompt
+    return Recommender(*parts, recommender.settings, templates=templates)
+
+
+def answer(found):
+    return ids(found), [item.log_probability for item in found]
+
+
+def nearly(found):
+    """The same answer from other memory, where float32 sums may end in another last bit."""
+    return ids(found), pytest.approx(answer(found)[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_model_of_semantic_id_tokens_alone_is_scored_over_these_alone(model_type):
+    recommender = random_recommender(3, model_type)
+    settings = Settings(max_history=6, num_beams=40, softmax="semantic_ids")
+    narrow = Recommender(recommender.model, recommender.tokenizer, recommender.catalog, recommender.prompt, settings)
+    history = [3, 9, 3]
+    prompt = narrow.encoder.encode(history)
+    found = narrow.recommend([f"item-{row}" for row in history], k=40, exclude_seen=False)
+    assert answer(found) == best(narrow, prompt, range(40), 40)
+    own = sorted(token for level in recommender.catalog.token_ids for token in level.tolist())
+    for item in (found[0], found[-1]):  # by hand: the other tokens have no share in the sum
+        tokens = recommender.catalog.tokens_of(recommender.catalog.row(item.item_id))
+        with torch.inference_mode():
+            logits = recommender.model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
+        kept = logits[:, own].log_softmax(-1)
+        by_hand = sum(float(kept[level, own.index(token)]) for level, token in enumerate(tokens))
+        assert item.log_probability == pytest.approx(by_hand, abs=1e-9)
+    wide = recommender.recommend([f"item-{row}" for row in history], k=40, exclude_seen=False)
+    scores = {item.item_id: item.log_probability for item in wide}
+    assert all(item.log_probability > scores[item.item_id] + 0.1 for item in found)
+
+
+def test_the_softmax_range_travels_and_older_artefacts_have_the_whole_vocabulary(tmp_path):
+    recommender = random_recommender(4, dtype=torch.float32)
+    recommender.settings.softmax = "semantic_ids"
+    narrow = taught(recommender)
+    narrow.save_pretrained(tmp_path / "artefact")
+    again = Recommender.from_pretrained(tmp_path / "artefact")
+    assert again.settings.softmax == "semantic_ids"
+    assert answer(again.recommend(["item-3"])) == nearly(narrow.recommend(["item-3"]))
+    stored = json.loads((tmp_path / "artefact/llmrec.json").read_text())
+    del stored["softmax"]
+    (tmp_path / "artefact/llmrec.json").write_text(json.dumps(stored))
+    assert read_settings(tmp_path / "artefact").softmax == "vocabulary"
+    with pytest.raises(RequestError, match="softmax is 'items'"):
+        Settings(softmax="items")
+
+
+def test_search_is_brute_force_over_the_templates_prompt(recommender):
+    searching = taught(recommender, templates=TEMPLATES)
+    found = searching.search("a title <s0_1>", k=40, num_beams=40)
+    tokens = searching.encoder.encode([], prompt=TEMPLATES["search"]["a"], query="a title <s0_1>")
+    text = recommender.tokenizer.decode(tokens)
+    assert "Wanted: a title" in text
+    assert "<s0_1>" not in text  # a query is untrusted text
+    assert answer(found) == best(searching, tokens, range(40), 40)
+    assert [item.rank for item in found] == list(range(1, 41))
+    assert ids(searching.search("a title <s0_1>", k=3, num_beams=40)) == ids(found)[:3]
+    with pytest.raises(RequestError, match=r"templates for no task, and none to search with"):
+        recommender.search("a title")
+    with pytest.raises(RequestError, match="The query is '  '"):
+        searching.search("  ")
+    with pytest.raises(RequestError, match="k is 0"):
+        searching.search("a title", k=0)
+
+
+def test_a_preference_chooses_the_prompt_that_has_a_place_for_it(recommender):
+    asked = taught(recommender, templates=TEMPLATES)
+    history = ["item-1", "item-8"]
+    found = asked.recommend(history, k=38, num_beams=40, preference="a brand")
+    tokens = asked.encoder.encode([1, 8], prompt=TEMPLATES["preference"]["one"], preference="a brand")
+    assert "a brand!" in recommender.tokenizer.decode(tokens)
+    assert answer(found) == best(asked, tokens, set(range(40)) - {1, 8}, 38)
+    assert answer(asked.recommend(history)) == answer(recommender.recommend(history))
+    wishes = ["a brand", "a title", "x"]
+    items, scores = asked.recommend_rows([[1, 8], [], [1, 8]], k=4, preference=wishes)
+    for row, wish in enumerate(wishes):
+        alone = asked.recommend(history if row != 1 else [], k=4, preference=wish)
+        assert ([f"item-{item}" for item in items[row]], scores[row]) == (ids(alone), pytest.approx(answer(alone)[1]))
+    with pytest.raises(RequestError, match="No prompt of the artefact has a place for preference"):
+        recommender.recommend(history, preference="a brand")
+    with pytest.raises(RequestError, match=r"a place for mood; beside the history they take preference\. Leave"):
+        asked.recommend(history, mood="sad")
+    with pytest.raises(RequestError, match="preference is 'ab'"):
+        asked.recommend_rows([[1], [2]], preference="ab")
+
+
+def test_events_go_to_the_prompt_with_their_items(recommender):
+    timed = taught(recommender, prompt=TIMES)
+    events = [{"action": f"act {n}", "timestamp": 86_400.0 * n} for n in range(8)]
+    names = [f"item-{row}" for row in range(8)]
+    tokens = timed.encoder.encode(range(8), events)
+    text = recommender.tokenizer.decode(tokens)
+    assert [f"act {n} 1 day later" in text for n in range(8)] == [n >= 3 for n in range(8)]  # the first has no gap
+    assert [f"act {n}" in text for n in range(8)] == [n >= 2 for n in range(8)]
+    found = timed.recommend(names, k=5, num_beams=40, events=events)
+    assert answer(found) == best(timed, tokens, range(8, 40), 5)
+    gone = [*names[:3], "lost", *names[3:]]
+    skipped = timed.recommend(
+        gone, k=5, num_beams=40, ignore_unknown=True, events=[*events[:3], {"action": "?"}, *events[3:]]
+    )
+    assert answer(skipped) == answer(found)
+    with pytest.raises(RequestError, match="8 items came with 7 events"):
+        timed.recommend(names, events=events[1:])
+    with pytest.raises(RequestError, match="8 items came with 7 events"):
+        timed.encoder.encode(range(8), events[1:])
+    with pytest.raises(PromptError, match="cannot be rendered"):
+        timed.recommend(names)
+
+
+def test_templates_travel_with_the_artefact(tmp_path, capsys):
+    from llmrec.cli.recommend import recommend
+    from llmrec.cli.search import search
+
+    recommender = taught(random_recommender(4, dtype=torch.float32), templates=TEMPLATES)
+    recommender.save_pretrained(tmp_path / "artefact")
+    assert (tmp_path / "artefact/prompts/search/a.jinja").read_text() == "Wanted: {{ query }} = \n"
+    again = Recommender.from_pretrained(tmp_path / "artefact")
+    assert {task: list(named) for task, named in again.templates.items()} == {
+        "preference": ["one"],
+        "search": ["a", "b"],
+    }
+    assert answer(again.search("lamp")) == nearly(recommender.search("lamp"))
+    search(str(tmp_path / "artefact"), "lamp", k=3, as_json=True)
+    assert [row["item_id"] for row in json.loads(capsys.readouterr().out)] == ids(recommender.search("lamp", k=3))
+    recommend(str(tmp_path / "artefact"), ["item-2"], k=3, as_json=True, preference="a brand")
+    expected = ids(recommender.recommend(["item-2"], k=3, preference="a brand"))
+    assert [row["item_id"] for row in json.loads(capsys.readouterr().out)] == expected
+    (tmp_path / "artefact/prompts/search/c.jinja").write_text("{{ query }}")
+    with pytest.raises(ArtefactError, match=r"c\.jinja is not in"):
+        Recommender.from_pretrained(tmp_path / "artefact")

@@ -70,6 +70,8 @@ def assign(
 ) -> None:
     """Give new items codes from the frozen codebooks; a new version of the catalog, in which no old item changes.
 
+    Where items are spelt as their titles, new ones are spelt by the artefact's tokenizer, and nothing is embedded.
+
     Example: `llmrec ids assign runs/quickstart/artefact --items new_items.jsonl`
     """
     from llmrec.cli.run import run_stage

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 import llmrec
-from llmrec.cli import baseline, data, ids
+from llmrec.cli import baseline, data, export, ids
 from llmrec.cli.options import InvalidRows, SplitName, TimestampUnit
 from llmrec.exceptions import LLMRecError
 
@@ -166,17 +166,47 @@ def recommend(
     ] = None,
     k: Annotated[int, typer.Option("-k", "--k", min=1, help="How many items to recommend.")] = 10,
     include_seen: Annotated[bool, typer.Option("--include-seen", help="Items of the history may come again.")] = False,
+    preference: Annotated[
+        str | None, typer.Option(help="What the user likes, in words; for a model trained on the task preference.")
+    ] = None,
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
     """Recommend the next items after a history, in this process (with transformers; no server).
 
     Example: `llmrec recommend runs/quickstart/artefact --history P00376,P00064 -k 5`
+
+    Example: `llmrec recommend user/name --history P00376 --preference "fragrance-free, for sensitive skin"`
     """
     from llmrec.cli.recommend import recommend as run
 
     ids = [part.strip() for part in history.split(",") if part.strip()] + (item or [])
-    run(artefact, history=ids, k=k, exclude_seen=not include_seen, revision=revision, as_json=as_json)
+    run(
+        artefact,
+        history=ids,
+        k=k,
+        exclude_seen=not include_seen,
+        revision=revision,
+        as_json=as_json,
+        preference=preference,
+    )
+
+
+@app.command()
+def search(
+    artefact: Artefact,
+    query: Annotated[str, typer.Argument(help="What to search for, in words.")],
+    k: Annotated[int, typer.Option("-k", "--k", min=1, help="How many items to find.")] = 10,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the items that a query means, by a model that was trained on the task search.
+
+    Example: `llmrec search runs/mine/artefact "a red lipstick that lasts" -k 5`
+    """
+    from llmrec.cli.search import search as run
+
+    run(artefact, query, k=k, revision=revision, as_json=as_json)
 
 
 @app.command()
@@ -188,14 +218,36 @@ def push(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="The branch to push to; by default main.")] = None,
     message: Annotated[str | None, typer.Option("--message", "-m", help="The commit's title.")] = None,
+    evaluation: Annotated[
+        list[Path] | None, typer.Option(help="For the card: a JSON of train/score.py or train/rate.py; repeatable.")
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option("--license", help="For the card: the Hub's id of the weights' licence.")
+    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="For the card: the Hub id of the base.")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="For the card: the data's Hub id; repeatable.")] = None,
+    card: Annotated[Path | None, typer.Option(help="A card of your own, instead of one that is made.")] = None,
 ) -> None:
-    """Upload a finished artefact to the Hugging Face Hub.
+    """Upload a finished artefact to the Hugging Face Hub, with a model card made from its run.
 
     Example: `llmrec push runs/quickstart/artefact user/my-recommender --private`
+
+    Example: `llmrec push runs/mine/artefact user/name --evaluation runs/mine/evaluation.json --license apache-2.0`
     """
     from llmrec.cli.push import push as run
 
-    run(artefact, repo_id=repo_id, private=private, revision=revision, message=message)
+    run(
+        artefact,
+        repo_id=repo_id,
+        private=private,
+        revision=revision,
+        message=message,
+        evaluations=evaluation or [],
+        licence=licence,
+        card=card,
+        base_model=base_model,
+        datasets=dataset or [],
+    )
 
 
 @app.command()
@@ -279,6 +331,7 @@ def compare(
 
 
 app.command()(baseline.baseline)
+app.command()(export.export)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from llmrec.data.columns import ACTION, DOMAIN, ITEM, POSITION, TIMESTAMP, USER
+from llmrec.data.columns import ACTION, DOMAIN, ITEM, POSITION, RATING, TIMESTAMP, USER
 from llmrec.data.interactions import Interactions
 from llmrec.data.items import Items
 from llmrec.data.split import Places, Rows, Split
@@ -182,9 +182,7 @@ class _Log:
         self.users: list[str] = runs[USER].to_list()
         self.offsets = np.concatenate([[0], np.cumsum(runs["len"].to_numpy().astype(np.int64))])
         self.owner = np.repeat(np.arange(len(self.users)), np.diff(self.offsets))
-        self.timestamps = None
-        if TIMESTAMP in frame.columns:
-            self.timestamps = frame[TIMESTAMP].cast(pl.Float64).fill_null(float("nan")).to_numpy()
+        self.timestamps, self.ratings = (_numbers(frame, name) for name in (TIMESTAMP, RATING))
         self.clock = None if interactions.time_unit is None else interactions.time_unit != "order"
         self.positions_decide = _positions_decide(frame)
         self.context = {name: frame[name] if name in frame.columns else None for name in (ACTION, DOMAIN)}
@@ -218,10 +216,18 @@ class _Log:
             timestamps=self.timestamps,
             actions=self.context[ACTION],
             domains=self.context[DOMAIN],
+            ratings=self.ratings,
             apart=apart,
             clock=self.clock,
             positions_decide=self.positions_decide,
         )
+
+
+def _numbers(frame: pl.DataFrame, name: str) -> npt.NDArray[np.float64] | None:
+    """(M,) a column's values, NaN where one is missing; None if there is no such column."""
+    if name not in frame.columns:
+        return None
+    return frame[name].cast(pl.Float64).fill_null(float("nan")).to_numpy()
 
 
 def _positions_decide(frame: pl.DataFrame) -> bool:

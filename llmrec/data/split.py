@@ -37,6 +37,7 @@ class Split:
         timestamps: (M,) unix seconds, or the numbers of an order (see `clock`), NaN where unknown; or None.
         actions: (M,) what the user did (behaviour), or None.
         domains: (M,) the domain of the interaction, or None.
+        ratings: (M,) how much the user liked it, NaN where unknown; or None.
         apart: whether cases of users or items that training does not hold are kept apart from the headline figure.
         clock: whether the timestamps are unix seconds, and not numbers of an order. Left at None it is guessed: their
             median lies after 1980 and all of them before the year 10000. False without timestamps.
@@ -57,6 +58,7 @@ class Split:
     timestamps: npt.NDArray[np.float64] | None = field(default=None, repr=False)
     actions: pl.Series | None = field(default=None, repr=False)
     domains: pl.Series | None = field(default=None, repr=False)
+    ratings: npt.NDArray[np.float64] | None = field(default=None, repr=False)
     apart: bool = False
     clock: bool | None = None
     positions_decide: bool = False

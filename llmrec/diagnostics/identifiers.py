@@ -15,7 +15,8 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 
 from llmrec.artefact import MANIFEST, resolve
-from llmrec.catalog import CATALOG_FILE, CATALOG_FOLDER, Catalog
+from llmrec.catalog import CATALOG_FOLDER, Catalog
+from llmrec.catalog_files import CATALOG_FILE
 from llmrec.catalog_versions import CatalogVersions
 from llmrec.exceptions import ArtefactError, DataError, LLMRecError
 from llmrec.item_tokenizer import RECORD_FILE as BUILD_FILE
@@ -207,7 +208,12 @@ class SemanticIDs:
 
     @classmethod
     def _from_catalog(cls, catalog: Catalog, **facts: Any) -> Self:
-        """The items that are not retired."""
+        """The items that are not retired; raises DataError for a catalog in text mode."""
+        if catalog.is_text:
+            raise DataError(
+                f"The {len(catalog)} items are spelt as their titles, and this report is about semantic IDs. "
+                "Give an artefact, or a built folder, whose items have some."
+            )
         live = np.flatnonzero(~catalog.retired).tolist()
         titles = [catalog.title(row) for row in live]
         return cls([catalog.ids[row] for row in live], catalog.codes[live], catalog.codebook_sizes, titles, **facts)

@@ -10,11 +10,12 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from llmrec.artefact_parts import PromptEncoder, load_parts
 from llmrec.catalog import Catalog
 from llmrec.engine.plugin import CATALOG_VERSION, LAUNCH, MAX_BEAMS
 from llmrec.engine.request import FAILED, SearchParameters
 from llmrec.exceptions import EngineError, RequestError
-from llmrec.recommender import PromptEncoder, check_request, load_parts
+from llmrec.recommender import check_request
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,13 @@ class Endpoint:
                 f"Ask for at most {self.max_beams}, or start the server with a higher --max-beams."
             )
         seen = sorted(set(rows)) if request.exclude_seen else []
-        found = await self._encode(self.encoder.encode(rows), SearchParameters(request.k, beams, seen))
+        prompt = self.encoder.encode(rows)
+        if len(prompt) > self.max_tokens:
+            raise RequestError(
+                f"The history's prompt has {len(prompt)} tokens, and the server was started for {self.max_tokens}. "
+                "Start it with a longer --max-model-len, or train with a shorter max_history."
+            )
+        found = await self._encode(prompt, SearchParameters(request.k, beams, seen))
         items = [
             RecommendedItem(
                 id=self.catalog.ids[int(row)],
@@ -120,7 +127,7 @@ class Endpoint:
         prompt = self.encoder.encode([0, len(self.catalog) // 2])
         ((row, score),) = await self._encode(prompt, SearchParameters(k=1, num_beams=4))
         total = 0.0
-        for token in self.catalog.item_tokens[int(row)].tolist():
+        for token in self.catalog.tokens_of(int(row)):
             ((_, value),) = await self._encode(prompt, SearchParameters(num_beams=0, token=token))
             total += value
             prompt = [*prompt, token]
@@ -136,11 +143,6 @@ class Endpoint:
         from vllm.inputs import TokensPrompt
         from vllm.pooling_params import PoolingParams
 
-        if len(prompt) > self.max_tokens:
-            raise RequestError(
-                f"The history's prompt has {len(prompt)} tokens, and the server was started for {self.max_tokens}. "
-                "Start it with a longer --max-model-len, or train with a shorter max_history."
-            )
         params = PoolingParams(task="embed", extra_kwargs=parameters.pack())
         result = None
         async for output in self.engine.encode(
@@ -171,16 +173,22 @@ class RecommendRoutes:
         from transformers import AutoTokenizer
 
         folder = Path(engine_client.model_config.model)
+        positions = engine_client.model_config.max_model_len
         tokenizer, catalog, prompt, settings = await asyncio.to_thread(
             lambda: load_parts(folder, AutoTokenizer.from_pretrained(folder), os.environ.get(CATALOG_VERSION))
         )
+        if positions < catalog.num_levels:
+            raise EngineError(
+                f"The server was started for {positions} tokens, and an item alone may have {catalog.num_levels}. "
+                "Start it with a longer --max-model-len."
+            )
         state.llmrec = Endpoint(
             engine=engine_client,
             encoder=PromptEncoder(tokenizer, catalog, prompt, settings),
             catalog=catalog,
             model=(args.served_model_name or [folder.name])[0],
             max_beams=int(os.environ.get(MAX_BEAMS, DEFAULT_MAX_BEAMS)),
-            max_tokens=engine_client.model_config.max_model_len - catalog.num_levels + 1,
+            max_tokens=positions - catalog.num_levels + 1,
         )
         await state.llmrec.check()
 

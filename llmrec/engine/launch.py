@@ -44,7 +44,7 @@ def server_command(
     Args:
         artefact: a checked artefact folder.
         max_num_seqs: requests searched together, at most.
-        max_model_len: tokens of a prompt; default: the model's positions.
+        max_model_len: tokens of a prompt and of the longest item behind it; default: the model's positions.
         kv_cache_gib: memory for the KV cache on a CPU, rounded up to whole GiB (a GPU's is found by vLLM); default:
             VLLM_CPU_KVCACHE_SPACE, else 1.
         max_beams: the widest search that a request may ask for.

@@ -9,6 +9,7 @@ import torch
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.models.registry import ModelRegistry
 
+from llmrec.artefact_parts import read_settings
 from llmrec.beam import TrieTensors
 from llmrec.catalog import CATALOG_FOLDER
 from llmrec.catalog_versions import CatalogVersions
@@ -69,7 +70,8 @@ def beam_model(architecture: str) -> type:
         folder = Path(self._llmrec_config.model_config.model) / CATALOG_FOLDER
         catalog = CatalogVersions(folder).load(os.environ.get(CATALOG_VERSION))
         device = self._llmrec_config.device_config.device
-        self.pooler.prepare(TrieTensors(catalog.trie, catalog.require_tokens(), device), layers)
+        softmax = read_settings(folder.parent).softmax
+        self.pooler.prepare(TrieTensors.of(catalog, softmax, device), layers)
 
     return type(
         PREFIX + architecture,

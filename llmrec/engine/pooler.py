@@ -9,7 +9,7 @@ import torch
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.pooler.abstract import Pooler
 
-from llmrec.beam import TrieTensors, beam_search
+from llmrec.beam import TrieTensors, beam_search, normalizer
 from llmrec.engine.attention import BeamAttention, PagedLayout
 from llmrec.engine.request import FAILED, SearchParameters
 
@@ -103,7 +103,7 @@ class BeamPooler(Pooler):
         logits = self._logits(hidden_states[cursor.last_token_indices_gpu[places]])  # (R, V)
         beams = searches[0].num_beams
         if beams == 0:
-            return [_next_token(logits[row], search) for row, search in enumerate(searches)]
+            return [_next_token(logits[row], search, self._trie.vocabulary) for row, search in enumerate(searches)]
         attention = {
             name: self._prefix(layer, metadata[name].block_table[places], lengths)
             for name, layer in self._layers.items()
@@ -143,9 +143,10 @@ class BeamPooler(Pooler):
         return BeamAttention(key, value, lengths)
 
 
-def _next_token(logits: torch.Tensor, search: SearchParameters) -> torch.Tensor:
+def _next_token(logits: torch.Tensor, search: SearchParameters, vocabulary: torch.Tensor | None) -> torch.Tensor:
     """The log-probability of one token after the prompt, from the prefill alone: what the self-check compares with."""
-    value = logits.float().log_softmax(-1)[search.token]
+    logits = logits.float()
+    value = logits[search.token] - normalizer(logits, vocabulary)[0]
     return torch.stack([torch.zeros_like(value), value]).double().unsqueeze(0)
 
 

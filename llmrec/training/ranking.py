@@ -1,131 +1,112 @@
-"""What fine-tuning needs beside a trainer: ranking metrics while it runs, and checkpoints that are whole."""
+"""Ranking metrics of held-out users while a model is trained."""
 
-import hashlib
-import json
 import logging
-import math
-import shutil
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmrec.evaluation.metrics import ranking_metrics, ranks_of
-from llmrec.storage import write_json
 
 logger = logging.getLogger(__name__)
 
-Recommend = Callable[[Sequence[Sequence[int]], int], Sequence[Sequence[int]]]
+Recommend = Callable[[Sequence[int], int], Sequence[Sequence[int]]]  # users' places, k -> catalog rows, best first
+
+_AT_ONCE = 256  # users between two moves of the progress bar
 
 
 class RankingCallback(TrainerCallback):
     """Adds HR@10 and NDCG@10 of held-out users to every evaluation of a transformers Trainer.
 
     The metrics are written into the evaluation's own dictionary as `eval_HR@10` and `eval_NDCG@10`, so the Trainer can
-    choose its best checkpoint and stop early by them. Every process ranks all users: the numbers agree everywhere.
+    choose its best checkpoint by them. `GenerativeTrainer` asks for them before it logs the evaluation; behind another
+    Trainer, callbacks that go by them (early stopping) must come after this one.
+
+    Several processes share the users and gather what they found: the numbers agree everywhere. If the parameters are
+    sharded, every process ranks all users, because the model only computes where all processes compute.
     """
 
     def __init__(
         self,
         recommend: Callable[[Any], Recommend],
-        histories: Sequence[npt.NDArray[np.integer]],
         targets: npt.NDArray[np.integer],
         k: int = 10,
     ) -> None:
         """
         Args:
-            recommend: model -> (histories, k) -> catalog rows per history, best first.
-            histories: catalog rows of the users that are ranked.
+            recommend: model -> (users, k) -> catalog rows for each of the users, best first. A user is known by the
+                place in `targets`: whoever recommends holds the histories, and what else a prompt shows of them.
             targets: (U,) the row that each of them took next.
             k: cut-off.
         """
         self._recommend = recommend
-        self._histories = [history.tolist() for history in histories]
-        self._targets = targets
+        self._targets = np.asarray(targets)
         self._k = k
+
+    def measure(self, model: Any, progress: bool = False) -> dict[str, float]:
+        """`eval_HR@k` and `eval_NDCG@k` of the model as it is; every process must call it.
+
+        Args:
+            model: what `recommend` takes; computes in evaluation mode meanwhile.
+            progress: shows a bar, on the main process.
+        """
+        training = model.training
+        model.eval()
+        try:
+            places = self._places(model, progress)
+        finally:
+            model.train(training)
+        return {f"eval_{name}": value for name, value in ranking_metrics(places, ks=(self._k,)).items()}
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model, metrics = kwargs["model"], kwargs["metrics"]
-        training = model.training
-        model.eval()
-        lists = self._recommend(model)(self._histories, self._k)
-        model.train(training)
-        found = ranking_metrics(ranks_of(lists, self._targets), ks=(self._k,))
-        metrics |= {f"eval_{name}": value for name, value in found.items()}
-        state.log_history.append({"step": state.global_step, "epoch": state.epoch, **metrics})
+        metrics = kwargs["metrics"]
+        if f"eval_HR@{self._k}" not in metrics:
+            metrics |= self.measure(kwargs["model"])
+            state.log_history.append({"step": state.global_step, "epoch": state.epoch, **metrics})
         if state.is_world_process_zero:
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+            found = {name: metrics[f"eval_{name}@{self._k}"] for name in ("HR", "NDCG")}
+            shown = ", ".join(f"{name}@{self._k} {value:.4f}" for name, value in found.items())
             logger.info("step %d: %s on %d validation users", state.global_step, shown, len(self._targets))
 
+    def _places(self, model: Any, progress: bool) -> npt.NDArray[np.int64]:
+        """The target's place (U,) in each user's list, -1 where it is absent."""
+        from tqdm import tqdm
 
-def checkpoint_to_resume(folder: str | Path, described: Any, fresh: bool = False) -> Path | None:
-    """The checkpoint to continue from, or None to begin anew; then the folder's old checkpoints are removed.
-
-    Args:
-        folder: the Trainer's output folder.
-        described: what makes this run this run, JSON-ready or printable. Its hash is kept in the folder, and
-            checkpoints that carry another hash belong to another run.
-        fresh: begin anew whatever is there.
-    """
-    folder = Path(folder)
-    run = folder / "run.json"
-    identity = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
-    if run.is_file() and not fresh and json.loads(run.read_text(encoding="utf-8"))["run"] == identity:
-        return newest_whole_checkpoint(folder)
-    for checkpoint in _checkpoints(folder):
-        logger.info("%s is of another run and is removed", checkpoint)
-        shutil.rmtree(checkpoint)
-    write_json(run, {"run": identity})
-    return None
-
-
-def newest_whole_checkpoint(folder: str | Path) -> Path | None:
-    """The newest `checkpoint-N` in `folder` that can be resumed from, or None.
-
-    The Trainer writes a checkpoint file by file; a kill in the middle leaves a torn one, from which resuming would
-    crash. A checkpoint counts as whole if its state is valid JSON, its weights open as safetensors and its optimiser
-    and scheduler are complete archives. The archives are looked at, not loaded.
-    """
-    for checkpoint in reversed(_checkpoints(Path(folder))):
-        if _is_whole(checkpoint):
-            return checkpoint
-        logger.warning("%s is torn (a kill while it was written?) and is passed over", checkpoint)
-    return None
+        process, processes = 0, 1
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            process, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        shared = processes > 1 and not is_sharded(model)
+        users = np.arange(process, len(self._targets), processes) if shared else np.arange(len(self._targets))
+        recommend = self._recommend(model)
+        found = np.full((2, len(self._targets)), 0, dtype=np.int64)  # places from 1, and how often each was ranked
+        with tqdm(total=len(users), desc="Ranking", leave=False, disable=not progress or process > 0) as bar:
+            for begin in range(0, len(users), _AT_ONCE):
+                some = users[begin : begin + _AT_ONCE]
+                lists = recommend(some.tolist(), self._k)
+                found[0, some] = ranks_of(lists, self._targets[some]) + 1
+                found[1, some] += 1
+                bar.update(len(some))
+        if shared:
+            gathered = torch.from_numpy(found).to(next(model.parameters()).device)
+            torch.distributed.all_reduce(gathered)
+            found = gathered.cpu().numpy()
+        if not (found[1] == 1).all():
+            raise RuntimeError(f"{int((found[1] != 1).sum())} users were not ranked exactly once. Report this.")
+        places: npt.NDArray[np.int64] = found[0] - 1
+        return places
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """The `checkpoint-N` folders, ascending by N."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        weights = list(checkpoint.glob("*.safetensors"))
-        for path in weights:
-            with safe_open(path, framework="numpy") as file:
-                file.keys()
-        archives = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"]
-        return bool(weights) and all(zipfile.is_zipfile(path) for path in archives)
-    except (OSError, ValueError, SafetensorError):
-        return False
-
-
-def log_curve(history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """The evaluations of a Trainer's `log_history`, one row a step: loss and ranking metrics."""
-    curve: dict[int, dict[str, float]] = {}
-    for entry in history:
-        if "eval_loss" in entry:
-            # A diverged loss is NaN, which JSON has no word for.
-            finite = (name for name, value in entry.items() if isinstance(value, int | float) and math.isfinite(value))
-            numbers = {name: float(entry[name]) for name in finite}
-            curve.setdefault(int(entry["step"]), {}).update(numbers)
-    return list(curve.values())
+def is_sharded(model: Any) -> bool:
+    """Whether processes hold parts of the model's parameters (FSDP, DeepSpeed ZeRO-3), so that all compute in step."""
+    for parameter in model.parameters():
+        placements = getattr(parameter, "placements", ())  # DTensor's
+        if any(placement.is_shard() for placement in placements):
+            return True
+        if hasattr(parameter, "ds_status") or type(parameter).__name__ == "FlatParameter":
+            return True
+    return False

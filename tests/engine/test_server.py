@@ -151,6 +151,18 @@ def test_killed_while_it_starts_it_leaves_no_process(llama_server):
     assert [child for child in family if _alive(child)] == []
 
 
+def test_titles_of_any_length_are_searched_as_transformers_searches_them(title_server):
+    bodies = [
+        {"history": [f"item-{row}" for row in rows], "k": 1 + 3 * place, "num_beams": 4 * (place % 4) + 1}
+        for place, rows in enumerate(random_histories(6, 300, 12, 8))
+    ]
+    assert_same(title_server, [*bodies, {"history": ["item-3", "item-4"], "k": 20, "num_beams": 300}])
+    found = title_server.post(history=["item-3"], k=300, exclude_seen=False).json()["items"]
+    assert {item["id"] for item in found} == set(title_server.recommender.catalog.ids)
+    lengths = {len(title_server.recommender.catalog.tokens_of(row)) for row in range(300)}
+    assert len(lengths) > 5
+
+
 def test_gpt2_with_chunked_prefill(gpt2_server):
     assert_same(gpt2_server, [{"history": history, "k": 10} for history in histories(4, 32)])
 

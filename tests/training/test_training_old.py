@@ -5,7 +5,9 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from llmrec.training import RankingCallback, checkpoint_to_resume, log_curve, newest_whole_checkpoint
+from llmrec.training.checkpoints import checkpoint_to_resume, newest_whole_checkpoint
+from llmrec.training.curve import log_curve
+from llmrec.training.ranking import RankingCallback
 
 
 def checkpoint(folder, step):

@@ -1,0 +1,1 @@
+"""What fine-tuning needs: a trainer, its batches and loss, ranking metrics on the way, checkpoints that are whole."""

@@ -1,0 +1,83 @@
+"""The flags of a fine-tuning: transformers' own, with the defaults that fit here, and what llmrec adds."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import TrainingArguments
+
+from llmrec.exceptions import RecipeError
+
+_ANSWERS_OF_TEXT = ("id_to_item", "history_to_title", "yes_no")
+UNNAMED = "trainer_output"  # transformers' word for an output folder that was not given
+
+
+@dataclass
+class FineTuningArguments(TrainingArguments):
+    """How a recommender is fine-tuned."""
+
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Leave this as it is: a row's task is a column that models do not take."}
+    )
+    new_tokens_epochs: float = field(
+        default=0.0,
+        metadata={"help": "Epochs of a first stage that trains the new tokens' embeddings alone; 0: no such stage."},
+    )
+    new_tokens_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of that stage; left out, ten times --learning_rate."}
+    )
+    loss_vocabulary: Literal["all", "semantic_ids"] = field(
+        default="all",
+        metadata={
+            "help": "Softmax of the loss, and then of all scores: over the whole vocabulary, or over the catalog's "
+            "tokens alone, which costs less where the vocabulary is large.",
+        },
+    )
+    batching: Literal["auto", "padded", "folded", "packed"] = field(
+        default="auto",
+        metadata={
+            "help": "padded: a row a line; folded: short rows share the lines that the longest row needs; packed: all "
+            "rows in one line. Attention and positions begin anew with each row. auto: packed with flash attention, "
+            "else folded.",
+        },
+    )
+    early_stopping: int = field(
+        default=0,
+        metadata={"help": "Stop after so many evaluations without a better metric_for_best_model; 0: never."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.early_stopping < 0 or self.new_tokens_epochs < 0:
+            raise RecipeError(
+                f"early_stopping is {self.early_stopping} and new_tokens_epochs {self.new_tokens_epochs}. "
+                "Give 0 or more."
+            )
+        if self.early_stopping and not (self.load_best_model_at_end and self.metric_for_best_model):
+            raise RecipeError(
+                f"early_stopping is {self.early_stopping}, but nothing says which model is the best. "
+                "Set load_best_model_at_end: true and metric_for_best_model: eval_HR@10."
+            )
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise RecipeError(f"--num_train_epochs is {self.num_train_epochs}. Train for more than none.")
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched != self.world_size:
+            raise RecipeError(
+                f"{launched} processes were launched, and each would train for itself: there is no GPU for them. "
+                "Add --use_cpu true to let them work together on the CPU, or launch one process."
+            )
+
+    def check_tasks(self, tasks: Sequence[str], titles: bool) -> None:
+        """Raises RecipeError if the loss's vocabulary does not hold the answers of these tasks.
+
+        Args:
+            tasks: names.
+            titles: whether items are spelt as titles, by tokens that new items may extend.
+        """
+        worded = [task for task in tasks if task in _ANSWERS_OF_TEXT]
+        if self.loss_vocabulary == "semantic_ids" and (worded or titles):
+            why = f"the task {worded[0]!r} answers with text" if worded else "items are spelt as titles"
+            raise RecipeError(
+                f"loss_vocabulary is 'semantic_ids', and {why}. Say --loss_vocabulary all, or leave that out."
+            )

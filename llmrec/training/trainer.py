@@ -1,0 +1,286 @@
+"""GenerativeTrainer: transformers' Trainer for models that generate items."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from llmrec.exceptions import BackboneError, DataError
+from llmrec.training.batches import Collator, check_restarts, choose_layout
+from llmrec.training.checkpoints import WholeCheckpoints
+from llmrec.training.curve import LOG_FILE, LogLines
+from llmrec.training.head import HeadLoss, LossVocabulary
+from llmrec.training.packing import Bins, ShareOfRows, ShareOfStream, row_lengths
+from llmrec.training.ranking import RankingCallback
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+    from transformers import PreTrainedModel
+    from transformers.trainer_utils import EvalLoopOutput
+
+logger = logging.getLogger(__name__)
+
+
+class GenerativeTrainer(WholeCheckpoints, Trainer):
+    """Trains a causal LM on rows of token ids and labels, and loses no time on what no label asks for.
+
+    What is another than in transformers' Trainer:
+
+    * The loss is computed at labelled tokens only, by `HeadLoss`: summed, and divided by the labelled tokens of the
+      whole step, so that accumulated and distributed batches are one large batch.
+    * Short rows share a line of a batch (`batches`), whose size may be a number of tokens.
+    * Losses of the tasks are logged as `loss/TASK` beside `loss`, if there are several; evaluations have
+      `eval_loss/TASK`. All are means over tokens, exact over the whole set and over all processes.
+    * Ranking metrics (`RankingCallback`) are part of an evaluation: they are logged with it, and early stopping and
+      the choice of the best checkpoint can go by them in any order of the callbacks.
+    * Checkpoints are whole or not there (`WholeCheckpoints`).
+    * Everything logged is a line of `log.jsonl` in the output folder.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        args: TrainingArguments,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *,
+        layout: str = "auto",
+        max_tokens_per_batch: int | None = None,
+        loss_vocabulary: LossVocabulary = "all",
+        semantic_ids: Sequence[int] | None = None,
+        tasks: Sequence[str] | None = None,
+        processing_class: Any = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        **options: Any,
+    ) -> None:
+        """
+        Args:
+            model: a causal LM, maybe in PEFT's wrapper.
+            args: transformers' training arguments.
+            train_dataset: rows with `input_ids`, `labels` and maybe `task`: a `datasets.Dataset`, a stream, or a list.
+            eval_dataset: the same.
+            layout: "padded", "folded", "packed", or "auto" (`choose_layout`; padded where rows cannot share a line).
+            max_tokens_per_batch: of a process's batch, its filling included; then `per_device_train_batch_size` is 1,
+                and the training rows have a length. None for batches of `per_device_train_batch_size` rows.
+            loss_vocabulary: "all", or "semantic_ids" for a softmax over `semantic_ids` alone.
+            semantic_ids: the token ids that spell items.
+            tasks: the names of all tasks, for rows that are a stream; else they are looked up.
+            processing_class: the tokenizer, which is saved with every checkpoint.
+            callbacks: further callbacks.
+            options: further arguments of transformers' Trainer.
+
+        Raises:
+            BackboneError: if the options do not go together, or several GPUs were given to one process.
+            DataError: if a row is longer than `max_tokens_per_batch`.
+        """
+        if args.n_gpu > 1:
+            raise BackboneError(
+                f"One process was given {args.n_gpu} GPUs. Start with `accelerate launch`, which gives each its own."
+            )
+        if args.label_smoothing_factor:
+            raise BackboneError(
+                f"label_smoothing_factor is {args.label_smoothing_factor}, and this loss has none. Leave it out."
+            )
+        if loss_vocabulary not in ("all", "semantic_ids") or (loss_vocabulary == "semantic_ids" and not semantic_ids):
+            raise BackboneError(
+                f"The loss vocabulary is {loss_vocabulary!r}, with {len(semantic_ids or ())} tokens of semantic IDs. "
+                "Give 'all', or 'semantic_ids' with their tokens."
+            )
+        attention = str(getattr(model.config, "_attn_implementation", None) or "eager")
+        self.layout, reason = choose_layout(layout, attention)
+        if max_tokens_per_batch is not None:
+            if args.per_device_train_batch_size != 1 or not hasattr(train_dataset, "__len__"):
+                raise BackboneError(
+                    f"max_tokens_per_batch is {max_tokens_per_batch} beside a per_device_train_batch_size of "
+                    f"{args.per_device_train_batch_size}. Say 1 there, and give rows that are no stream."
+                )
+            train_dataset = Bins(train_dataset, max_tokens_per_batch, self.layout, args.seed)
+        sources = [*(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]), train_dataset]
+        self.tasks = tuple(tasks) if tasks is not None else _tasks(sources)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=Collator("padded"),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[LogLines(Path(args.output_dir) / LOG_FILE), *callbacks],
+            **options,
+        )
+        # The loss is over the labelled tokens of the whole step; the base class counts them for whoever accepts this.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self._loss_shifts_labels = True
+        self._checked_restarts = self.layout == "padded"
+        if layout == "auto" and self.layout == "folded":
+            try:
+                if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters()):
+                    raise BackboneError("The parameters are not here yet, so folding cannot be tried.")
+                check_restarts(model, args.device)
+                self._checked_restarts = True
+            except BackboneError as error:
+                self.layout, reason, self._checked_restarts = "padded", str(error), True
+        logger.info("batches are %s: %s", self.layout, reason)
+        pad = getattr(processing_class, "pad_token_id", None)
+        self.data_collator = Collator(self.layout, self.tasks, 0 if pad is None else pad)
+        self._head_loss = HeadLoss(model, semantic_ids if loss_vocabulary == "semantic_ids" else None)
+        self._parameters: int | None = None
+        self._sums = {True: self._zeros(), False: self._zeros()}  # of training, of evaluation
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The batch's share of the step's mean loss per labelled token.
+
+        Args:
+            model: as it was prepared.
+            inputs: of the collator.
+            return_outputs: whether a dictionary comes back, too, with each token's loss.
+            num_items_in_batch: labelled tokens of the whole step, over all its batches and processes; None: of this
+                batch.
+        """
+        given = dict(inputs)
+        labels, tasks = given.pop("labels"), given.pop("tasks")
+        if not self._checked_restarts:
+            check_restarts(model, labels.device)
+            self._checked_restarts = True
+        found = self._head_loss(model, given, labels)
+        self._count(found.each, tasks.reshape(-1).index_select(0, found.places), model.training)
+        if num_items_in_batch is None:
+            loss = found.total / max(1, len(found.each))
+        else:
+            loss = found.total / torch.as_tensor(num_items_in_batch, device=labels.device).clamp(min=1)
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes  # whose gradients are averaged
+        return (loss, {"losses": found.each}) if return_outputs else loss
+
+    def _zeros(self) -> Tensor:
+        """(2, 1 + tasks): sums of losses and numbers of tokens, of all and of each task."""
+        return torch.zeros((2, 1 + len(self.tasks)), dtype=torch.float64, device=self.args.device)
+
+    def _count(self, each: Tensor, tasks: Tensor, training: bool) -> None:
+        """Adds losses to the sums, on the device: nothing waits for it until something is logged."""
+        if training and len(self.tasks) < 2:
+            return
+        sums = self._sums[training]
+        both = torch.stack([each.double(), torch.ones_like(each, dtype=torch.float64)])
+        sums[:, 0] += both.sum(1)
+        if len(self.tasks) > 1:
+            # A token without a task falls into the place before the first task's, which is not kept.
+            sums[:, 1:] += torch.zeros_like(sums).index_add_(1, tasks + 1, both)[:, 1:]
+
+    def _means(self, training: bool) -> dict[str, float]:
+        """The mean losses since the last call, over all processes: `loss`, and `loss/TASK` if there are several."""
+        sums = self.accelerator.reduce(self._sums[training], "sum").cpu()
+        self._sums[training] = self._zeros()
+        names = ["loss", *(f"loss/{task}" for task in self.tasks)] if len(self.tasks) > 1 else ["loss"]
+        totals, counts = sums.tolist()
+        return {name: total / count for name, total, count in zip(names, totals, counts, strict=False) if count}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs, with the tasks' losses beside the training loss."""
+        if len(self.tasks) > 1 and "loss" in logs:
+            means = self._means(training=True)
+            logs |= {name: mean for name, mean in means.items() if name != "loss"}
+        super().log(logs, start_time)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> "DataLoader[Any]":
+        """Each process's batches of the rows; see `ShareOfRows`."""
+        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(chosen, str):
+            chosen = self.eval_dataset[chosen]
+        if chosen is None:
+            raise DataError("There are no rows to evaluate. Give an eval_dataset, or set eval_strategy to 'no'.")
+        return self._share(chosen)
+
+    def get_test_dataloader(self, test_dataset: Any) -> "DataLoader[Any]":
+        """As `get_eval_dataloader`."""
+        return self._share(test_dataset)
+
+    def _share(self, dataset: Any) -> "DataLoader[Any]":
+        from torch.utils.data import DataLoader
+
+        place = (self.args.eval_batch_size, self.args.process_index, self.args.world_size)
+        if not hasattr(dataset, "__len__"):
+            return DataLoader(ShareOfStream(dataset, *place), place[0], collate_fn=self.data_collator)
+        share = ShareOfRows(dataset, *place)
+        return DataLoader(
+            share,
+            batch_sampler=share.batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> "EvalLoopOutput":
+        """The mean loss per token, of each task too, and the ranking metrics of an evaluation."""
+        self._sums[False] = self._zeros()
+        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        output.metrics.update(
+            {f"{metric_key_prefix}_{name}": mean for name, mean in self._means(training=False).items()}
+        )
+        if metric_key_prefix == "eval":
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, RankingCallback):
+                    output.metrics.update(callback.measure(self.model, progress=not self.args.disable_tqdm))
+        return output
+
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, None, None]:
+        """Adds a batch's losses to the sums of the evaluation; there are no predictions."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            self.compute_loss(model, self._prepare_inputs(inputs))
+        return None, None, None
+
+    def floating_point_ops(self, inputs: Mapping[str, Tensor]) -> int:
+        """An estimate of 6 operations per token and parameter; the parameters are counted once."""
+        if self._parameters is None:
+            self._parameters = int(self.model.num_parameters(exclude_embeddings=True))
+        return 6 * inputs["input_ids"].numel() * self._parameters
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["input_ids", "labels", "task", "rows"]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The Trainer's; rows are grouped by lengths that are read off at once."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(train_dataset)
+        from transformers.trainer_pt_utils import LengthGroupedSampler
+
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(batch, lengths=row_lengths(dataset).tolist())
+
+
+def _tasks(sources: Iterable[Any]) -> tuple[str, ...]:
+    """The tasks named in data sets that have a length, in alphabetical order; none of a stream."""
+    names: set[str] = set()
+    for source in sources:
+        if isinstance(source, Bins):
+            source = source.dataset
+        if source is None or not hasattr(source, "__len__"):
+            continue
+        if hasattr(source, "column_names"):
+            names |= set(source.unique("task")) if "task" in source.column_names else set()
+        else:
+            names |= {row.get("task") for row in source}
+    return tuple(sorted(names - {None}))

@@ -1,0 +1,86 @@
+"""What a recipe or a command line says wrongly is said back in one line, before anything is loaded."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from llmrec.exceptions import RecipeError
+from llmrec.script import parse, parser, run
+
+
+@dataclass
+class Arguments:
+    artefact: str = field(metadata={"help": "Where to."})
+    learning_rate: float = field(default=0.1, metadata={"help": "Step size."})
+    supervision: str = field(default="sequence", metadata={"help": "Rows.", "choices": ["sequence", "next_item"]})
+    ks: list[int] = field(default_factory=lambda: [5], metadata={"help": "Cut-offs."})
+
+    def __post_init__(self):
+        if self.learning_rate == 13:
+            raise ValueError("thirteen is unlucky.")
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def read(*argv):
+    return parse(parser((Arguments,), "A script."), argv)[0]
+
+
+def test_flags_override_the_recipe(recipe):
+    path = recipe("artefact: there\nlearning_rate: 1e-3\nks: [1, 2]\n")
+    for argv in (["--config", path], [f"--config={path}"]):
+        read_back = read(*argv, "--supervision", "next_item")
+        assert read_back == Arguments("there", 0.001, "next_item", [1, 2])
+    assert read("--learning_rate", "-3", "--config", path, "--artefact", "here").artefact == "here"
+    assert read("--config", path, "--learning_rate=-3").learning_rate == -3
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lerning_rate: 1", "unknown key 'lerning_rate'. Did you mean learning_rate?"),
+        ("colour: red", "unknown key 'colour'. See --help"),
+        ("1: 2", "unknown key 1"),
+        ("supervision: fast", "Choose one of sequence, next_item."),
+        ("- a list", "holds no names with values"),
+        ("", "holds no names with values"),
+        ("a: [", "cannot be read"),
+        ("learning_rate: 13", "thirteen is unlucky."),
+    ],
+)
+def test_a_recipe_that_is_wrong(recipe, text, said):
+    with pytest.raises(RecipeError) as caught:
+        read("--artefact", "x", "--config", recipe(text))
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--lerning_rate", "1"], "no flag --lerning_rate. Did you mean --learning_rate?"),
+        (["--lerning_rate=1"], "no flag --lerning_rate. Did you mean --learning_rate?"),
+        (["--config"], "names no file"),
+        (["--config", "/nowhere.yaml"], "/nowhere.yaml cannot be read"),
+        (["--learning_rate", "1", "stray"], "stray"),
+    ],
+)
+def test_a_command_line_that_is_wrong(argv, said):
+    with pytest.raises(RecipeError) as caught:
+        read("--artefact", "x", *argv)
+    assert said in str(caught.value)
+
+
+def test_an_error_is_one_line_and_a_code(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script.py", "--artefact", "x", "--config", "/nowhere.yaml"])
+    with pytest.raises(SystemExit) as caught:
+        run(lambda arguments: None, parser((Arguments,), "A script."))
+    assert str(caught.value).startswith("error: The recipe /nowhere.yaml")
+    assert "\n" not in str(caught.value)
