@@ -1,7 +1,8 @@
 """What lies in an artefact folder beside the model: settings, catalog, prompt; and how histories become token ids."""
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -10,12 +11,18 @@ from llmrec.catalog import CATALOG_FOLDER, Catalog, Softmax
 from llmrec.catalog_versions import CatalogVersions
 from llmrec.exceptions import ArtefactError, RequestError
 from llmrec.prompt import Event, Prompt
+from llmrec.tasks.item_text import cut_text
 from llmrec.vocabulary import PlainText, start_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from llmrec.tasks.templates import Templates
+
 SETTINGS_FILE, PROMPT_FILE = "llmrec.json", "prompt.jinja"
+
+# Tasks whose templates turn a history, and one of them whose turn a query, into an item.
+HISTORY_TASKS, SEARCH_TASK = ("next_item", "preference"), "search"
 
 
 @dataclass
@@ -25,6 +32,7 @@ class Settings:
     Attributes:
         max_history: the most recent items that the prompt shows; older ones only count as seen.
         num_beams: beams of a search, unless a request wants more items than that.
+        max_text_tokens: the most tokens of a query or a preference, which is cut as it was in training.
         softmax: what the model's probabilities are normalised over: "vocabulary", or "semantic_ids", the catalog's own
             tokens alone, for a model whose loss saw no others and whose other logits therefore mean nothing.
         split: content hash of the split it was trained on, "" if unknown.
@@ -34,6 +42,7 @@ class Settings:
 
     max_history: int = 20
     num_beams: int = 50
+    max_text_tokens: int = 64
     softmax: Softmax = "vocabulary"
     split: str = ""
     protocol: dict[str, Any] = field(default_factory=dict)
@@ -50,13 +59,20 @@ class Settings:
 
 
 class PromptEncoder:
-    """Histories of catalog rows to prompts of token ids; shared by transformers, the server and training."""
+    """Requests to prompts of token ids; shared by transformers and the server, and alike to what training built."""
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", catalog: Catalog, prompt: Prompt, settings: Settings
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        catalog: Catalog,
+        prompt: Prompt,
+        settings: Settings,
+        templates: "Templates | None" = None,
     ) -> None:
+        """`templates` are those of the tasks that the model was trained on, by task and name."""
         self.catalog = catalog
         self.settings = settings
+        self.templates = templates or {}
         self._prompt = prompt
         self._text = PlainText(tokenizer)
         self._start = start_token(tokenizer)
@@ -74,14 +90,80 @@ class PromptEncoder:
             rows: catalog rows.
             events: one per row.
             prompt: by default the artefact's own.
-            variables: whatever else the prompt uses (`Prompt.render`).
+            variables: whatever else the prompt uses (`Prompt.render`). Text is put on one line and cut to
+                `max_text_tokens`, as the tasks do.
         """
         if events is not None:
             if len(events) != len(rows):
                 raise RequestError(f"{len(rows)} items came with {len(events)} events. Give one event per item.")
             events = events[-self.settings.max_history :]
         recent = list(rows)[-self.settings.max_history :]
-        return (prompt or self._prompt).encode(self.catalog, recent, self._text, self._start, events, **variables)
+        given = {
+            name: cut_text(value, self._text, self.settings.max_text_tokens) if isinstance(value, str) else value
+            for name, value in variables.items()
+        }
+        return (prompt or self._prompt).encode(self.catalog, recent, self._text, self._start, events, **given)
+
+    def known(
+        self,
+        history: Sequence[str],
+        events: Sequence[Event | Mapping[str, Any]] | None = None,
+        ignore_unknown: bool = False,
+    ) -> tuple[list[int], list[Event | Mapping[str, Any]] | None]:
+        """The rows of item ids, and their events; with `ignore_unknown` without those that the catalog does not hold.
+
+        Raises:
+            UnknownItemError: if an id is unknown and is not ignored.
+            RequestError: if there are not as many events as ids.
+        """
+        rows = self.catalog.rows(history, ignore_unknown)
+        if events is None:
+            return rows, None
+        if len(events) != len(history):
+            raise RequestError(
+                f"{len(history)} items came with {len(events)} events. Give one event per item of the history."
+            )
+        there = [self.catalog.rows([item], ignore_unknown=True) for item in history]
+        return rows, [event for event, found in zip(events, there, strict=True) if found]
+
+    def example(self) -> list[int]:
+        """A prompt of two items of which nothing more is known, with a word for whatever else the prompt uses."""
+        nothing = Event("", "", math.nan)
+        said: dict[str, Any] = dict.fromkeys(self._prompt.variables - {"history"}, "example")
+        return self.encode([0, len(self.catalog) // 2], [nothing, nothing], **said)
+
+    def prompt_with(self, variables: Collection[str]) -> Prompt:
+        """The prompt that takes variables of these names: the artefact's own, or else the first of its templates.
+
+        Raises:
+            RequestError: if there is none.
+        """
+        own = [self.templates.get(task, {}) for task in HISTORY_TASKS]
+        prompts = [self._prompt, *(named[name] for named in own for name in sorted(named))]
+        for prompt in prompts:
+            if prompt.variables.issuperset(variables):
+                return prompt
+        known = sorted(frozenset().union(*(prompt.variables for prompt in prompts)) - {"history"})
+        raise RequestError(
+            f"No prompt of the artefact has a place for {', '.join(sorted(variables))}; beside the history they take "
+            f"{', '.join(known) or 'nothing'}. Leave it out, or train with a template that uses it."
+        )
+
+    def encode_query(self, query: str) -> list[int]:
+        """Token ids of the artefact's own search prompt; of several templates, the first by name.
+
+        Raises:
+            RequestError: if the model was not trained to search, or the query is empty.
+        """
+        if not isinstance(query, str) or not query.strip():
+            raise RequestError(f"The query is {query!r}. Give some words to search for.")
+        templates = self.templates.get(SEARCH_TASK)
+        if not templates:
+            raise RequestError(
+                f"The artefact has templates for {', '.join(sorted(self.templates)) or 'no task'}, and none to search "
+                f"with. Train one with the task {SEARCH_TASK!r}."
+            )
+        return self.encode([], prompt=templates[min(templates)], query=query)
 
 
 def load_parts(

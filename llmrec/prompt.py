@@ -5,6 +5,7 @@ after rendering, the placeholders become the item's token ids directly, and only
 tokenizer.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ _PROBED_LENGTHS = (0, 1, 2, 3, 64)
 
 @dataclass(frozen=True)
 class Event:
-    """What is known of one place of a history, beside its item. None: the log does not have it at all.
+    """What is known of one place of a history, beside its item. None: the log does not have it, or not for this place.
 
     Attributes:
         action: what the user did there; "" if that is not known of this place alone.
@@ -53,7 +54,7 @@ class Event:
         """An event from a mapping with some of the attributes, as a request has it.
 
         Raises:
-            PromptError: if it has other keys, or a timestamp that is no number.
+            PromptError: if it has other keys, or a timestamp that is no number or infinite.
         """
         if isinstance(value, cls):
             return value
@@ -62,11 +63,10 @@ class Event:
             action, domain, timestamp = (given.pop(name, None) for name in ("action", "domain", "timestamp"))
             if given:
                 raise ValueError(f"unknown: {', '.join(map(str, given))}")
-            return cls(
-                None if action is None else str(action),
-                None if domain is None else str(domain),
-                None if timestamp is None else float(timestamp),
-            )
+            moment = None if timestamp is None else float(timestamp)
+            if moment is not None and math.isinf(moment):
+                raise ValueError(f"{timestamp} is no moment")
+            return cls(None if action is None else str(action), None if domain is None else str(domain), moment)
         except (TypeError, ValueError) as error:
             raise PromptError(
                 f"The event {str(value)[:80]!r} cannot be read ({error}). "
@@ -161,9 +161,11 @@ class Prompt:
         except _RENDERING_ERRORS as error:
             columns = {"title", "semantic_id", *(catalog.items[history[0]] if len(history) else ())}
             columns |= offered[0].keys() if offered else set()
+            lacking = sorted(self.attributes & set(EVENT_COLUMNS) - columns) if len(history) else []
             raise PromptError(
                 f"The prompt template cannot be rendered: {_reason(error)}. An item has the columns "
                 f"{sorted(columns)}; beside the history there is {sorted(variables) or 'nothing'}."
+                + (f" It shows {', '.join(lacking)} of the history: give events with it." if lacking else "")
             ) from error
 
     def encode(
@@ -290,13 +292,23 @@ def _offered(events: Sequence[Event | Mapping[str, Any]], length: int) -> list[d
     """What every event of a history adds to its item."""
     if len(events) != length:
         raise PromptError(f"{length} items of a history came with {len(events)} events. Give one event per item.")
+    known = [Event.of(event) for event in events]
+    # What one event has and another lacks is not known of the other, as in a log with gaps in a column.
+    has_action, has_domain, has_time = (
+        any(getattr(event, name) is not None for event in known) for name in ("action", "domain", "timestamp")
+    )
     found: list[dict[str, str]] = []
-    before: float | None = None
-    for place, event in enumerate(map(Event.of, events)):
-        more = {name: value for name in ("action", "domain") if (value := getattr(event, name)) is not None}
-        if event.timestamp is not None:
-            more["gap"] = gap_in_words(event.timestamp - before) if place and before is not None else ""
-        before = event.timestamp
+    before = math.nan
+    for event in known:
+        more: dict[str, str] = {}
+        if has_action:
+            more["action"] = event.action or ""
+        if has_domain:
+            more["domain"] = event.domain or ""
+        if has_time:
+            moment = math.nan if event.timestamp is None else event.timestamp
+            more["gap"] = gap_in_words(moment - before)
+            before = moment
         found.append(more)
     return found
 

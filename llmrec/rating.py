@@ -273,8 +273,10 @@ def save_calibration(folder: str | Path, calibrator: Calibrator, template: str, 
     return path
 
 
-def load_calibration(folder: str | Path) -> tuple[Calibrator, str] | None:
-    """The calibrator in an artefact's folder, and the template's name that it is for; None if there is none.
+def load_calibration(folder: str | Path) -> tuple[Calibrator, str, dict[str, Any]] | None:
+    """The calibrator in an artefact's folder, the template's name that it is for, and what it was fitted on.
+
+    None if there is none.
 
     Raises:
         ArtefactError: if the file cannot be read, or belongs to other weights.
@@ -285,7 +287,7 @@ def load_calibration(folder: str | Path) -> tuple[Calibrator, str] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         weights, template = str(content["weights"]), str(content["template"])
-        calibrator = Calibrator.from_document(content["calibrator"])
+        calibrator, fitted_on = Calibrator.from_document(content["calibrator"]), dict(content["fitted_on"])
     except (ValueError, KeyError, TypeError, LLMRecError) as error:
         raise ArtefactError(
             f"{path} is no calibration ({error}). Remove it, or calibrate again with train/rate.py --calibrate."
@@ -295,7 +297,7 @@ def load_calibration(folder: str | Path) -> tuple[Calibrator, str] | None:
             f"{path} was fitted on a model with the weights {weights[:12]}…, not on this one. "
             "Calibrate again with train/rate.py --calibrate."
         )
-    return calibrator, template
+    return calibrator, template, fitted_on
 
 
 def _batches(lengths: Sequence[int], progress: bool) -> Any:

@@ -1,6 +1,6 @@
 """Recommender: an artefact folder (model, tokenizer, catalog, prompt) that answers histories with items."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PromptEncoder", "Recommendation", "Recommender", "Settings", "check_request", "load_parts"]
 
-# Tasks whose templates turn a history, and one of them whose turn a query, into an item.
-HISTORY_TASKS, SEARCH_TASK = ("next_item", "preference"), "search"
 # So many tokens, of prompts and beams, are held by one search's cache: bounds its memory.
 _CACHED_TOKENS = 32_000
 
@@ -73,14 +71,22 @@ class Recommender:
         templates: Mapping[str, Mapping[str, Prompt]] | None = None,
     ) -> None:
         self.item_tokenizer = item_tokenizer
-        self.templates = templates or {}
         self.model = model
         self.tokenizer = tokenizer
         self.catalog = catalog
         self.prompt = prompt
         self.settings = settings or Settings()
-        self.encoder = PromptEncoder(tokenizer, catalog, prompt, self.settings)
+        self.encoder = PromptEncoder(tokenizer, catalog, prompt, self.settings, templates)
         self._trie = TrieTensors.of(catalog, self.settings.softmax, model.device)
+
+    @property
+    def templates(self) -> Mapping[str, Mapping[str, Prompt]]:
+        """The tasks' prompts, which its encoder renders."""
+        return self.encoder.templates
+
+    @templates.setter
+    def templates(self, templates: Mapping[str, Mapping[str, Prompt]]) -> None:
+        self.encoder.templates = templates
 
     @classmethod
     def from_pretrained(
@@ -174,14 +180,7 @@ class Recommender:
         """
         if isinstance(history, str):
             raise RequestError(f"The history is the string {history[:80]!r}. Give a list of item ids.")
-        if events is not None:
-            if len(events) != len(history):
-                raise RequestError(
-                    f"{len(history)} items came with {len(events)} events. Give one event per item of the history."
-                )
-            there = [self.catalog.rows([item], ignore_unknown=True) for item in history]
-            events = [event for event, found in zip(events, there, strict=True) if found]
-        rows = self.catalog.rows(history, ignore_unknown)
+        rows, events = self.encoder.known(history, events, ignore_unknown)
         given: dict[str, Any] = {name: [value] for name, value in variables.items()}
         found, scores = self.recommend_rows(
             [rows], k, exclude_seen, num_beams, events=None if events is None else [events], **given
@@ -196,16 +195,8 @@ class Recommender:
         Raises:
             RequestError: if the model was not trained to search, the query is empty, or k is below 1.
         """
-        if not isinstance(query, str) or not query.strip():
-            raise RequestError(f"The query is {query!r}. Give some words to search for.")
-        templates = self.templates.get(SEARCH_TASK)
-        if not templates:
-            raise RequestError(
-                f"The artefact has templates for {', '.join(sorted(self.templates)) or 'no task'}, and none to search "
-                f"with. Train one with the task {SEARCH_TASK!r}."
-            )
         beams = check_request(k, self.settings.num_beams if num_beams is None else num_beams)
-        tokens = self.encoder.encode([], prompt=templates[min(templates)], query=query)
+        tokens = self.encoder.encode_query(query)
         ((rows, scores),) = self._decoded([tokens], k, beams, [np.zeros(0, dtype=np.int64)])
         return self._named(rows, scores)
 
@@ -231,7 +222,7 @@ class Recommender:
                 raise RequestError(
                     f"{name} is {str(values)[:80]!r}. Give one entry for each of {len(histories)} histories."
                 )
-        prompt = self._prompt_with(variables)
+        prompt = self.encoder.prompt_with(variables)
         prompts = [
             self.encoder.encode(
                 rows,
@@ -244,19 +235,6 @@ class Recommender:
         excluded = [np.array(rows if exclude_seen else (), dtype=np.int64) for rows in histories]
         found = self._decoded(prompts, k, beams, excluded, progress)
         return [rows for rows, _ in found], [scores for _, scores in found]
-
-    def _prompt_with(self, variables: Collection[str]) -> Prompt:
-        """The prompt that takes variables of these names: the artefact's own, or else the first of its templates."""
-        own = [self.templates.get(task, {}) for task in HISTORY_TASKS]
-        prompts = [self.prompt, *(named[name] for named in own for name in sorted(named))]
-        for prompt in prompts:
-            if prompt.variables.issuperset(variables):
-                return prompt
-        known = sorted(frozenset().union(*(prompt.variables for prompt in prompts)) - {"history"})
-        raise RequestError(
-            f"No prompt of the artefact has a place for {', '.join(sorted(variables))}; beside the history they take "
-            f"{', '.join(known) or 'nothing'}. Leave it out, or train with a template that uses it."
-        )
 
     def _named(self, rows: Sequence[int], scores: Sequence[float]) -> list[Recommendation]:
         return [

@@ -198,6 +198,29 @@ def test_events_are_offered_by_the_items_of_the_history():
         prompt.render(CATALOG, [1, 2], [Event("a")])
 
 
+def test_what_one_event_lacks_and_another_has_is_unknown():
+    prompt = Prompt(
+        "{% for i in history %}[{{ i.action or '?' }}|{{ i.domain or '?' }}|{{ i.gap or '?' }}]{% endfor %}"
+    )
+    events = [{"timestamp": 0}, {"action": "buy", "timestamp": 60}, {"domain": "books"}, {"timestamp": 120}]
+    found = prompt.render(CATALOG, [0, 1, 2, 3], events)
+    assert found == "[?|?|?][buy|?|1 minute later][?|books|?][?|?|?]"
+
+
+def test_events_that_no_event_has_are_asked_for():
+    prompt = Prompt("{% for i in history %}{{ i.gap }}{% endfor %}")
+    with pytest.raises(PromptError, match="shows gap of the history: give events with it"):
+        prompt.render(CATALOG, [0])
+    with pytest.raises(PromptError, match="give events with it"):
+        prompt.render(CATALOG, [0, 1], [{"action": "buy"}, {}])
+
+
+@pytest.mark.parametrize("moment", [float("inf"), "-inf", 1e400])
+def test_a_moment_is_finite(moment):
+    with pytest.raises(PromptError, match="is no moment"):
+        Event.of({"timestamp": moment})
+
+
 def test_what_is_missing_is_named_with_what_there_is():
     with pytest.raises(PromptError, match=r"'preference' is undefined.*beside the history there is \['query'\]"):
         Prompt("{{ preference }}").render(CATALOG, [1], query="x")

@@ -154,7 +154,7 @@ def test_calibration_lies_in_the_artefact_and_belongs_to_its_weights(tmp_path):
     manifest = (folder / MANIFEST).read_bytes()
     fitted = Calibrator.fit("isotonic", [0.0, 1.0, 2.0], [0, 1, 1])
     save_calibration(folder, fitted, "titles", {"part": "valid"})
-    assert load_calibration(folder) == (fitted, "titles")
+    assert load_calibration(folder) == (fitted, "titles", {"part": "valid"})
     assert (folder / MANIFEST).read_bytes() == manifest
     verify_manifest(folder)
     write_manifest(folder)  # anew: it stays outside of the list

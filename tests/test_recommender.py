@@ -411,3 +411,11 @@ def test_templates_travel_with_the_artefact(tmp_path, capsys):
     (tmp_path / "artefact/prompts/search/c.jinja").write_text("{{ query }}")
     with pytest.raises(ArtefactError, match=r"c\.jinja is not in"):
         Recommender.from_pretrained(tmp_path / "artefact")
+
+
+def test_templates_given_later_are_used():
+    made = random_recommender(4)
+    with pytest.raises(RequestError, match="none to search with"):
+        made.search("red")
+    made.templates = {"search": {"only": Prompt("{{ query }} is ")}}
+    assert len(made.search("red", 3)) == 3

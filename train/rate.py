@@ -109,12 +109,18 @@ def main(arguments: RateArguments, names: ColumnArguments, splits: SplitArgument
     template = arguments.template or (
         found[1] if found else min(recommender.templates.get("yes_no", {}), default=None)
     )
-    calibrator = found[0] if found and found[1] == template else None
-    if found and calibrator is None:
-        logger.warning("the calibration is of the template %s, not of %s: it is not applied", found[1], template)
+    calibrator, fitted_on = None, {}
+    if found is not None:
+        asked, meant = (template, threshold), (found[1], found[2].get("like_threshold"))
+        if asked == meant:
+            calibrator, fitted_on = found[0], found[2]
+        else:
+            logger.warning(
+                "the calibration is of the template %s and of a Yes from %s, not of %s and %s: it is not applied",
+                *(*meant, *asked),
+            )
     rater = Rater.of(recommender, template)
 
-    fitted_on: dict[str, Any] = {}
     if arguments.calibrate:
         questions, labels, _ = cases(split, "valid", threshold, settings.max_history, arguments)
         calibrator = Calibrator.fit(arguments.method, rater.logits(questions, progress=True), labels)  # type: ignore[arg-type]

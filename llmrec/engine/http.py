@@ -1,21 +1,24 @@
-"""The HTTP side: `POST /v1/recommend`, attached to vLLM's own server as an endpoint plugin."""
+"""The HTTP side: `POST /v1/recommend` and `/v1/search`, attached to vLLM's own server as an endpoint plugin."""
 
 import asyncio
 import logging
 import os
 import uuid
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from llmrec.artefact import TEMPLATES_FOLDER
 from llmrec.artefact_parts import PromptEncoder, load_parts
 from llmrec.catalog import Catalog
 from llmrec.engine.plugin import CATALOG_VERSION, LAUNCH, MAX_BEAMS
 from llmrec.engine.request import FAILED, SearchParameters
-from llmrec.exceptions import EngineError, RequestError
+from llmrec.exceptions import EngineError, PromptError, RequestError
 from llmrec.recommender import check_request
+from llmrec.tasks.templates import load_templates
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,16 @@ _HIDDEN = (
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
 
 
+class HistoryEvent(BaseModel):
+    """What is known of one place of a history, beside its item."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    action: str | None = Field(default=None, max_length=1_000, description="What the user did there, as in the log.")
+    domain: str | None = Field(default=None, max_length=1_000, description="The shop or category, as in the log.")
+    timestamp: float | None = Field(default=None, allow_inf_nan=False, description="Unix seconds.")
+
+
 class RecommendRequest(BaseModel):
     """What to recommend for."""
 
@@ -56,6 +69,26 @@ class RecommendRequest(BaseModel):
     ignore_unknown: bool = Field(
         default=False, description="Skip ids that the catalog does not hold, instead of refusing the request."
     )
+    events: list[HistoryEvent] | None = Field(
+        default=None,
+        max_length=10_000,
+        description="One per item of the history; for a prompt that shows actions, domains or gaps.",
+    )
+    preference: str | None = Field(
+        default=None,
+        max_length=10_000,
+        description="What the user likes, in words; for a model trained on preferences.",
+    )
+
+
+class SearchRequest(BaseModel):
+    """What to search for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    query: str = Field(max_length=10_000, description="Some words.")
+    k: int = Field(default=10, ge=1, strict=True, description="Items wanted. Fewer come back only where fewer remain.")
+    num_beams: int | None = Field(default=None, ge=1, strict=True, description="Beams of the search, at least k.")
 
 
 class RecommendedItem(BaseModel):
@@ -89,22 +122,31 @@ class Endpoint:
         self.max_tokens = max_tokens
 
     async def recommend(self, request: RecommendRequest) -> RecommendResponse:
-        """Raises RequestError for what this server cannot answer, EngineError if the engine fails."""
-        rows = self.catalog.rows(request.history, request.ignore_unknown)
-        beams = check_request(request.k, request.num_beams or self.encoder.settings.num_beams)
+        """Raises RequestError or PromptError for what cannot be answered, EngineError if the engine fails."""
+        events = None if request.events is None else [event.model_dump() for event in request.events]
+        rows, known = self.encoder.known(request.history, events, request.ignore_unknown)
+        said = {} if request.preference is None else {"preference": request.preference}
+        prompt = self.encoder.encode(rows, known, self.encoder.prompt_with(said), **said)
+        seen = sorted(set(rows)) if request.exclude_seen else []
+        return await self._answer(prompt, request.k, request.num_beams, seen)
+
+    async def search(self, request: SearchRequest) -> RecommendResponse:
+        """The items that a query means; raises as `recommend` does, and if the model was not trained to search."""
+        return await self._answer(self.encoder.encode_query(request.query), request.k, request.num_beams, [])
+
+    async def _answer(self, prompt: list[int], k: int, num_beams: int | None, seen: list[int]) -> RecommendResponse:
+        beams = check_request(k, num_beams or self.encoder.settings.num_beams)
         if beams > self.max_beams:
             raise RequestError(
                 f"k or num_beams is {beams}, and this server searches with at most {self.max_beams} beams. "
                 f"Ask for at most {self.max_beams}, or start the server with a higher --max-beams."
             )
-        seen = sorted(set(rows)) if request.exclude_seen else []
-        prompt = self.encoder.encode(rows)
         if len(prompt) > self.max_tokens:
             raise RequestError(
                 f"The history's prompt has {len(prompt)} tokens, and the server was started for {self.max_tokens}. "
                 "Start it with a longer --max-model-len, or train with a shorter max_history."
             )
-        found = await self._encode(prompt, SearchParameters(request.k, beams, seen))
+        found = await self._encode(prompt, SearchParameters(k, beams, seen))
         items = [
             RecommendedItem(
                 id=self.catalog.ids[int(row)],
@@ -114,7 +156,7 @@ class Endpoint:
             )
             for rank, (row, score) in enumerate(found, start=1)
         ]
-        if len(items) != min(request.k, self.catalog.candidates(seen)):
+        if len(items) != min(k, self.catalog.candidates(seen)):
             raise EngineError("The engine returned too few items: the model's scores are not numbers. See its log.")
         return RecommendResponse(items=items, model=self.model, catalog_version=self.catalog.version)
 
@@ -124,7 +166,7 @@ class Endpoint:
         Raises:
             EngineError: if the best item's log-probability is not the sum over its tokens.
         """
-        prompt = self.encoder.encode([0, len(self.catalog) // 2])
+        prompt = self.encoder.example()
         ((row, score),) = await self._encode(prompt, SearchParameters(k=1, num_beams=4))
         total = 0.0
         for token in self.catalog.tokens_of(int(row)):
@@ -184,7 +226,7 @@ class RecommendRoutes:
             )
         state.llmrec = Endpoint(
             engine=engine_client,
-            encoder=PromptEncoder(tokenizer, catalog, prompt, settings),
+            encoder=PromptEncoder(tokenizer, catalog, prompt, settings, load_templates(folder / TEMPLATES_FOLDER)),
             catalog=catalog,
             model=(args.served_model_name or [folder.name])[0],
             max_beams=int(os.environ.get(MAX_BEAMS, DEFAULT_MAX_BEAMS)),
@@ -196,15 +238,23 @@ class RecommendRoutes:
 def _router() -> APIRouter:
     router = APIRouter(tags=["recommend"])
 
-    @router.post("/v1/recommend")
-    async def recommend(request: RecommendRequest, raw: Request) -> RecommendResponse:
-        """The k most probable next items of a history, none outside the catalog and none twice."""
+    async def answered(answer: Awaitable[RecommendResponse]) -> RecommendResponse:
         try:
-            return await raw.app.state.llmrec.recommend(request)  # type: ignore[no-any-return]
-        except RequestError as error:
+            return await answer
+        except (RequestError, PromptError) as error:
             raise HTTPException(status_code=422, detail=str(error)) from error
         except EngineError as error:
             raise HTTPException(status_code=500, detail=str(error)) from error
+
+    @router.post("/v1/recommend")
+    async def recommend(request: RecommendRequest, raw: Request) -> RecommendResponse:
+        """The k most probable next items of a history, none outside the catalog and none twice."""
+        return await answered(raw.app.state.llmrec.recommend(request))
+
+    @router.post("/v1/search")
+    async def search(request: SearchRequest, raw: Request) -> RecommendResponse:
+        """The k items that a query most probably means, for a model that was trained to search."""
+        return await answered(raw.app.state.llmrec.search(request))
 
     @router.get("/ready")
     async def ready(raw: Request) -> dict[str, Any]:

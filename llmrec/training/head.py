@@ -69,7 +69,7 @@ class HeadLoss:
         self._token_ids: Tensor | None = None
         if token_ids is not None:
             ids = torch.tensor(sorted(set(token_ids)), dtype=torch.long)
-            size = model.get_input_embeddings().weight.shape[0]
+            size = _vocabulary(model)
             if not len(ids) or int(ids[0]) < 0 or int(ids[-1]) >= size:
                 raise BackboneError(
                     f"The {len(ids)} tokens of the loss are not all between 0 and {size - 1}, the model's last. "
@@ -93,20 +93,23 @@ class HeadLoss:
         places = places + places.div(max(1, labels.shape[1] - 1), rounding_mode="floor") + 1
         targets = labels.reshape(-1).index_select(0, places)
         plain = self._shape is not None and _plain_head(self._model.get_output_embeddings())
-        found: list[tuple[Tensor, Tensor]] = []
+        found: list[Tensor] = []
 
         def loss(head: Any, original: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
             states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, places - 1)
             if not plain:
                 logits: Tensor = original(states[None])
                 return logits
-            found.append(self._from_head(head, states, targets))
+            total, each = self._from_head(head, states, targets)
+            found.append(each)
             # What the model goes on with, so that wrappers that look at outputs see every weight in use.
-            return found[0][0].reshape(1, 1, 1)
+            return total.reshape(1, 1, 1)
 
-        with _in_place_of_head(self._model, loss):
+        with _in_place_of_head(self._model, loss) as answered:
             output = wrapped(**inputs, use_cache=False)
-        total, each = found[0] if found else self._from_logits(output.logits[0], targets)
+        if found:
+            return LabelledLoss(answered[-1].reshape(()), found[0], places)
+        total, each = self._from_logits(output.logits[0], targets)
         return LabelledLoss(total, each, places)
 
     def _from_head(self, head: Any, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,7 +145,7 @@ class HeadLoss:
     @torch.no_grad()
     def _probe(self, wrapped: Any, device: torch.device) -> Shape | None:
         """What the model does to its head's products; None if that is neither a factor nor a cap."""
-        size = self._model.get_input_embeddings().weight.shape[0]
+        size = _vocabulary(self._model)
         ramp = torch.linspace(-50.0, 50.0, size, device=device, dtype=torch.float64)
 
         def products(head: Any, original: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
@@ -166,6 +169,12 @@ class HeadLoss:
         return None
 
 
+def _vocabulary(model: "PreTrainedModel") -> int:
+    """How many rows the model's embeddings have; of a weight that is gathered when needed, DeepSpeed says so itself."""
+    weight = model.get_input_embeddings().weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
+
+
 def _plain_head(head: Any) -> bool:
     """Whether the head is a linear layer with weights of its own, or one with some rows trained beside (PEFT)."""
     adapter = getattr(head, "token_adapter", None)
@@ -175,6 +184,8 @@ def _plain_head(head: Any) -> bool:
         head = adapter.base_layer
         if getattr(head, "bias", None) is not None:
             return False  # PEFT leaves the bias out there: that is for the model itself to say
+        if hasattr(head.weight, "ds_id"):
+            return False  # gathered for the layer within, whose forward is not called here
     return (
         isinstance(head, torch.nn.Linear)
         and type(head).forward is torch.nn.Linear.forward
@@ -183,15 +194,24 @@ def _plain_head(head: Any) -> bool:
 
 
 @contextmanager
-def _in_place_of_head(model: Any, call: Callable[[Any, Callable[[Tensor], Tensor], Tensor], Tensor]) -> Iterator[None]:
-    """Has `call(head, original forward, hidden)` answer for the model's head."""
+def _in_place_of_head(
+    model: Any, call: Callable[[Any, Callable[[Tensor], Tensor], Tensor], Tensor]
+) -> Iterator[list[Tensor]]:
+    """Has `call(head, original forward, hidden)` answer for the model's head.
+
+    Yields a list of the head's answers as the model gets them. Hooks may have put nodes of autograd behind an answer
+    that gather the head's weight for the backward pass (DeepSpeed's): a loss is to be differentiated through these.
+    """
     head = model.get_output_embeddings()
     own = head.__dict__.get("forward")  # accelerate's hooks put one there
     original = head.forward
     head.forward = lambda hidden: call(head, original, hidden)
+    answered: list[Tensor] = []
+    last = head.register_forward_hook(lambda module, inputs, answer: answered.append(answer))
     try:
-        yield
+        yield answered
     finally:
+        last.remove()
         if own is None:
             del head.forward
         else:

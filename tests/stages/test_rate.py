@@ -92,11 +92,15 @@ def test_raw_then_calibrated_then_from_the_artefact(artefact, tmp_path):
     assert fitted["systems"]["raw"] == raw["systems"]["raw"]
     # A model that knows nothing is sure of itself; what it says is worth no more than the share of likes.
     assert fitted["systems"]["calibrated"]["log_loss"] < raw["systems"]["raw"]["log_loss"]
-    calibrator, template = load_calibration(folder / "artefact")
+    calibrator, template, _ = load_calibration(folder / "artefact")
     assert template == "semantic_ids"
     again = rate(folder, tmp_path / "again.json")
     assert again["systems"]["calibrated"] == fitted["systems"]["calibrated"]
+    assert again["calibration"] == fitted["calibration"]
     assert again["calibration"]["slope"] == calibrator.slope
+    # Another threshold asks another question, of which this calibration knows nothing.
+    stricter = rate(folder, tmp_path / "stricter.json", "--like_threshold", "5")
+    assert (set(stricter["systems"]) & {"raw", "calibrated"}, stricter["calibration"]) == ({"raw"}, None)
     other = rate(folder, tmp_path / "other.json", "--template", "titles", "--max_cases", "10")
     assert "calibrated" not in other["systems"]
     assert other["cases"] == 10

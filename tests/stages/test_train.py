@@ -1,7 +1,9 @@
 """The training and scoring scripts as a user runs them, on a tiny catalog."""
 
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +14,17 @@ import polars as pl
 import pytest
 import torch
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from llmrec import Recommender
 from llmrec.backbones.causal_lm import BackboneArguments, from_scratch
 from llmrec.catalog_versions import CatalogVersions
-from llmrec.stages import stage_command
+from llmrec.exceptions import ArtefactError, LLMRecError
+from llmrec.export import base_hash, export
+from llmrec.script import parse
+from llmrec.stages import stage_command, stage_path
+from llmrec.storage import sha256_of
 from llmrec.vocabulary import train_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -105,22 +113,86 @@ def test_from_scratch_to_score(data, tmp_path, model_type, steps):
     assert refused.returncode != 0
 
 
-def test_lora_on_a_checkpoint(data, tmp_path):
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny GPT-2 with a tokenizer that knows letters and little else."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "base"
     tokenizer = train_tokenizer(["A customer bought an item"], 300)
     torch.manual_seed(0)
     arguments = BackboneArguments(model_type="gpt2", hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
-    from_scratch(arguments, tokenizer, 256).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    often = ["--max_steps", "30", "--eval_steps", "15", "--save_steps", "15", "--eval_users", "20"]
-    sft(data, tmp_path / "artefact", "gpt2_lora", "--backbone", str(tmp_path / "base"), *often)
-    training = json.loads((tmp_path / "artefact" / "llmrec.json").read_text())["training"]
+    from_scratch(arguments, tokenizer, 512).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stage():
+    """train/sft.py as a module."""
+    spec = importlib.util.spec_from_file_location("sft_stage", stage_path("train/sft.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+BRIEFLY = ["--max_steps", "30", "--eval_steps", "15", "--save_steps", "15", "--eval_users", "20"]
+
+
+def test_lora_on_a_checkpoint_in_two_phases(data, checkpoint, tmp_path):
+    artefact = tmp_path / "artefact"
+    flags = ["--backbone", str(checkpoint), "--new_tokens_epochs", "1", "--new_token_init", "text", *BRIEFLY]
+    said = sft(data, artefact, "gpt2", *flags).stderr
+    assert "by new_tokens" in said
+    assert "by lora" in said
+    assert "log-probabilities differ by" in said
+    training = json.loads((artefact / "llmrec.json").read_text())["training"]
     assert [row["step"] for row in training["evaluations"]] == [15, 30]
     assert training["backbone"]["backbone"] == "base"  # no path of this machine
-    recommender = Recommender.from_pretrained(tmp_path / "artefact")
+    assert "item_to_id=0.5" in training["data"]["tasks"]
+    recommender = Recommender.from_pretrained(artefact)
     # Merged: an ordinary GPT-2, with nothing of PEFT left in it.
     assert not any("lora" in name for name, _ in recommender.model.named_parameters())
     assert recommender.prompt.source.startswith("{%- if history")
+    assert set(recommender.templates) == {
+        *("next_item", "item_to_id", "id_to_item", "history_to_title", "titles_to_id"),
+    }
     assert len(recommender.recommend(["item-1", "item-2"], k=10)) == 10
+    # What was saved beside it makes the same artefact again, and no other base will do.
+    base = tmp_path / "artefact.base"
+    again = export(tmp_path / "artefact.adapter", base, tmp_path / "again")
+    assert again.difference < 1e-4
+    assert sha256_of(tmp_path / "again" / "model.safetensors") == sha256_of(artefact / "model.safetensors")
+    other = tmp_path / "artefact.checkpoints" / "new_tokens" / "base"
+    with pytest.raises(ArtefactError, match=base_hash(other)[:12]):
+        export(tmp_path / "artefact.adapter", other, tmp_path / "wrong")
+    # The first phase moved nothing but the new tokens' rows.
+    before, after = (load_file(folder / "model.safetensors") for folder in (other, base))
+    old = len(AutoTokenizer.from_pretrained(checkpoint))
+    for name, weight in before.items():
+        kept = slice(None, old) if "wte" in name else slice(None)
+        assert torch.equal(weight[kept], after[name][kept]), name
+    assert not torch.equal(before["transformer.wte.weight"], after["transformer.wte.weight"])
+
+
+def test_items_as_titles(data, checkpoint, tmp_path):
+    artefact = tmp_path / "artefact"
+    flags = ["--config", "train/recipes/gpt2_titles.yaml", "--items", str(data / "ids" / "items.jsonl")]
+    flags += ["--backbone", str(checkpoint), "--method", "full", "--lora_rank", "0", "--artefact", str(artefact)]
+    run("train/sft.py", data, *flags, *BRIEFLY)
+    recommender = Recommender.from_pretrained(artefact)
+    assert recommender.catalog.is_text
+    assert len(recommender.tokenizer) == len(AutoTokenizer.from_pretrained(checkpoint))  # no token is new
+    assert len({item.item_id for item in recommender.recommend(["item-1", "item-2"], k=58)}) == 58
+    run(
+        "train/score.py",
+        data,
+        "--artefact",
+        str(artefact),
+        "--out",
+        str(tmp_path / "result.json"),
+        "--num_beams",
+        "20",
+    )
+    assert json.loads((tmp_path / "result.json").read_text())["invalid_rate"] == 0.0
 
 
 def test_killed_training_continues_to_the_same_weights(data, tmp_path):
@@ -170,17 +242,43 @@ def test_two_processes_over_the_checkpoints_of_another_run(data, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--prompt", "next_item"], "supervision 'next_item'"),
+        (["--prompt", "next_item"], "semantic IDs alone"),
+        (["--tasks", "next_itm"], "There is no task 'next_itm'"),
+        (["--tasks", "search=-1"], "passes and caps are above 0"),
+        (["--tasks", "preference"], "there is no table of preferences"),
+        (["--tasks", "yes_no"], "The task 'yes_no' has no rows"),
+        (["--tasks", "id_to_item", "--loss_vocabulary", "semantic_ids"], "answers with text"),
+        (["--prompt", "{folder}/unknown.jinja", "--tasks", "next_item"], "preferense"),
+        (["--items", "items.jsonl"], "Give one of --semantic_ids and --items"),
+        (["--max_histroy", "3"], "Did you mean --max_history?"),
+        (["--early_stopping", "2"], "Set load_best_model_at_end: true"),
+        (["--stream", "true", "--max_steps", "-1"], "Say --max_steps"),
+        (["--backbone", "{folder}/short", "--prompt", "next_item", "--tasks", "next_item"], "tokens"),
+        (["--min_history", "100"], "no one can be evaluated"),
         (["--prompt", "nowhere"], "prompts/nowhere.jinja"),
-        (["--lora_rank", "8"], "from scratch"),
+        (["--method", "lora"], "from scratch"),
         (["--semantic_ids", "nowhere"], "semantic_ids/build.py"),
         (["--user_column", "nobody"], "nobody"),
         (["--backbone", "/nowhere/at/all"], "/nowhere/at/all"),
     ],
 )
-def test_mistakes_are_named(data, tmp_path, flags, said):
-    done = sft(data, tmp_path / "artefact", "debug", *flags, check=False)
-    assert done.returncode != 0
-    assert "error: " in done.stderr
-    assert said in done.stderr
+def test_mistakes_are_named_before_a_model_is_loaded(data, checkpoint, tmp_path, stage, monkeypatch, flags, said):
+    (tmp_path / "unknown.jinja").write_text("{{ preferense }}\n")
+    shutil.copytree(checkpoint, tmp_path / "short")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config | {"n_positions": 40}))
+    monkeypatch.setattr(stage, "first_model", lambda *_: pytest.fail("a model is loaded"))
+    required = ["--config", "train/recipes/debug.yaml", "--interactions", str(data / "log.csv")]
+    required += ["--semantic_ids", str(data / "ids"), "--artefact", str(tmp_path / "artefact")]
+    given = [flag.format(folder=tmp_path) for flag in flags]
+    with pytest.raises(LLMRecError) as caught:
+        stage.main(*parse(stage.make_parser(), [*required, *given]))
+    assert said in str(caught.value)
     assert not (tmp_path / "artefact").exists()
+
+
+def test_a_mistake_ends_the_script_with_one_line(data, tmp_path):
+    done = sft(data, tmp_path / "artefact", "debug", "--semantic_ids", "nowhere", check=False)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "semantic_ids/build.py" in line
