@@ -27,7 +27,7 @@ from environment import add_flags, environment, report
 from item_tokenizers import METRICS, ROOT, check_options, over_seeds, prepared, stage
 
 RECIPES = ("llama_scratch", "gpt2_scratch")
-PASSES = {"amazon-scientific": 20.0, "amazon-beauty": 10.0, "sample": 1.0}
+PASSES = {"amazon-scientific": 8.0, "amazon-beauty": 6.0, "sample": 1.0}
 BASELINES = {"item-cf": [], "ease": [], "markov": ["--tune"]}
 
 

@@ -147,12 +147,14 @@ def check_bare(prompt: Prompt) -> None:
         )
 
 
-def check_lengths(rows: Iterable[Row], limit: int) -> int:
+def check_lengths(rows: Iterable[Row], limit: int, longest_item: int = 0) -> int:
     """The tokens of the longest row, none of which is longer than a model reads.
 
     Args:
         rows: any, also a stream; read once.
         limit: the most tokens that the model reads (`max_position_embeddings`).
+        longest_item: for rows whose prompts are searched after: the tokens of the catalog's longest item, for which
+            every prompt has to leave room, however short its own answer is.
 
     Raises:
         PromptError: if a row is longer. Nothing is ever cut, because half an item is none.
@@ -160,6 +162,8 @@ def check_lengths(rows: Iterable[Row], limit: int) -> int:
     longest, longer, worst = 0, 0, ""
     for row in rows:
         length = len(row["input_ids"])
+        if longest_item:
+            length = max(length, row["labels"].count(IGNORED) + longest_item)
         longer += length > limit
         if length > longest:
             longest, worst = length, row["task"]

@@ -15,9 +15,11 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from llmrec.artefact import CALIBRATION_FILE, listed_files
+from llmrec.artefact_parts import PROMPT_FILE
 from llmrec.catalog import CATALOG_FOLDER, Catalog
 from llmrec.catalog_versions import CatalogVersions
 from llmrec.exceptions import ArtefactError, DataError
+from llmrec.prompt import EVENT_COLUMNS, Prompt
 
 _TEMPLATE = Path(__file__).with_name("model_card.jinja")
 _RANKED = re.compile(r"(HR|NDCG|MRR)@\d+")
@@ -40,6 +42,7 @@ def model_card(
     datasets: Sequence[str] = (),
     size: int | None = None,
     is_calibrated: bool = False,
+    prompt: Prompt | None = None,
 ) -> str:
     """The card as Markdown, headed by the YAML that the Hub reads.
 
@@ -54,6 +57,7 @@ def model_card(
         datasets: Hub ids of what it was trained on.
         size: of all files together, in bytes.
         is_calibrated: whether its probabilities of Yes are calibrated.
+        prompt: the served one, whose needs the example meets.
 
     Raises:
         DataError: if an evaluation is of another split or is none, or the licence or an id is none.
@@ -79,7 +83,11 @@ def model_card(
         **({} if licence is None else {"license": licence}),
         **({} if base_model is None else {"base_model": base_model}),
         **({"datasets": list(datasets)} if datasets else {}),
-        "tags": ["recommender-system", "generative-recommendation", "semantic-ids", "llmrec"],
+        "tags": [
+            *("recommender-system", "generative-recommendation"),
+            *(() if catalog.is_text else ("semantic-ids",)),
+            "llmrec",
+        ],
     }
     training = _without_paths(settings.get("training", {}))
     environment = Environment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
@@ -93,7 +101,7 @@ def model_card(
         facts=[(name, _escaped(value)) for name, value in _facts(settings, catalog, base_model, size).items()],
         data=[_escaped(line) for line in _data(settings, catalog, datasets)],
         evaluations=[_evaluation(document) for document in evaluations],
-        example=_literal(catalog.ids[:2]),
+        example=_example(catalog, prompt),
         training=_literal({k: v for k, v in training.items() if k not in ("evaluations", "versions")}, indent=2)
         if training
         else "",
@@ -144,6 +152,7 @@ def card_of(
         datasets=datasets,
         size=sum(files.values()),
         is_calibrated=(folder / CALIBRATION_FILE).is_file(),
+        prompt=Prompt.read(folder / PROMPT_FILE),
     )
 
 
@@ -176,6 +185,20 @@ def _facts(settings: Mapping[str, Any], catalog: Catalog, base_model: str | None
     facts["history"] = f"the {settings.get('max_history')} most recent items"
     facts["search"] = f"{settings.get('num_beams')} beams"
     return facts
+
+
+def _example(catalog: Catalog, prompt: Prompt | None) -> str:
+    """A call's arguments that the served prompt can be rendered with."""
+    history = catalog.ids[:2]
+    said = [_literal(history)]
+    shown = set() if prompt is None else prompt.attributes & set(EVENT_COLUMNS)
+    if shown:
+        example = {"action": "view", "domain": "shop", "gap": 1_700_000_000}
+        event = {"timestamp" if name == "gap" else name: example[name] for name in EVENT_COLUMNS if name in shown}
+        said.append(f"events={_literal([event] * len(history))}")
+    if prompt is not None:
+        said += [f'{name}="..."' for name in sorted(prompt.variables - {"history"})]
+    return ", ".join(said)
 
 
 def _data(settings: Mapping[str, Any], catalog: Catalog, datasets: Sequence[str]) -> list[str]:

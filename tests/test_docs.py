@@ -27,9 +27,10 @@ DOCUMENTS = sorted(
     for file in ROOT.glob(pattern)
 )
 # Flags of programs that the documents name beside llmrec's own: vLLM, accelerate, TRL's SFTConfig, curl.
-FOREIGN = {"--api-key", "--config_file", "--tensor-parallel-size"}
+FOREIGN = {"--api-key", "--config_file", "--enable-lora", "--num_processes", "--tensor-parallel-size"}
 TRAINER = {
     *("--gradient_checkpointing", "--per_device_train_batch_size", "--gradient_accumulation_steps", "--output_dir"),
+    *("--use_cpu", "--report_to", "--save_total_limit", "--max_steps"),
 }
 
 
@@ -57,7 +58,8 @@ def flags() -> set[str]:
             found |= {*parameter.opts, *parameter.secondary_opts}
     sources = [ROOT / name for name in stage_files() if name.endswith(".py")]
     found |= {"--quick", "--json"}  # of every script in benchmarks/
-    owners = [ROOT / "llmrec/backbones/causal_lm.py", ROOT / "llmrec/data/arguments.py"]
+    owners = [ROOT / f"llmrec/{name}.py" for name in ("backbones/causal_lm", "data/arguments")]
+    owners += [ROOT / f"llmrec/{name}/arguments.py" for name in ("tasks", "training")]
     for source in [*sources, *owners]:
         for name in re.findall(r"^    (\w+): [^=\n]+ = field\(", source.read_text(encoding="utf-8"), re.MULTILINE):
             found |= {f"--{name}", f"--{name.replace('_', '-')}"}
@@ -72,9 +74,9 @@ def test_flags_exist(document: str, flags: set[str]) -> None:
 
 
 def test_trainer_s_flags_are_the_trainer_s() -> None:
-    from trl import SFTConfig
+    from transformers import TrainingArguments
 
-    assert [flag for flag in TRAINER if flag.removeprefix("--") not in SFTConfig.__dataclass_fields__] == []
+    assert [flag for flag in TRAINER if flag.removeprefix("--") not in TrainingArguments.__dataclass_fields__] == []
 
 
 def test_the_http_fields_and_defaults_are_those_of_the_models() -> None:

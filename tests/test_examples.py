@@ -4,7 +4,7 @@ from factories import random_catalog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrec.examples import IGNORED, check_lengths, next_item_rows, sequence_rows, training_rows
+from llmrec.examples import IGNORED, answered, check_lengths, next_item_rows, sequence_rows, training_rows
 from llmrec.exceptions import PromptError
 from llmrec.prompt import Event, Prompt
 from llmrec.vocabulary import PlainText, add_catalog_tokens, train_tokenizer
@@ -95,3 +95,12 @@ def test_rows_longer_than_the_model_reads_are_an_error():
     )
     with pytest.raises(PromptError, match=message):
         check_lengths(iter(rows), 6)
+
+
+def test_a_prompt_leaves_room_for_the_longest_item():
+    """A search may go through the catalog's longest item, whatever was taken next."""
+    rows = [answered([0] * 7, [1, 2], "next_item"), answered([0] * 3, [1] * 5, "next_item")]
+    assert check_lengths(rows, 9) == check_lengths(rows, 9, 2) == 9
+    assert check_lengths(rows, 13, 6) == 13
+    with pytest.raises(PromptError, match=r"1 row\(s\) are longer than the 12 tokens.*the longest has 13"):
+        check_lengths(rows, 12, 6)

@@ -8,10 +8,13 @@ import yaml
 from factories import random_recommender
 from huggingface_hub import ModelCard
 
+from llmrec import Recommender
 from llmrec.artefact import CALIBRATION_FILE, MANIFEST, verify_manifest
 from llmrec.cli.push import push
 from llmrec.exceptions import ArtefactError, DataError
 from llmrec.model_card import card_of, model_card
+from llmrec.prompt import Prompt
+from llmrec.title_spelling import title_catalog
 
 SPLIT = "5" * 64
 HOSTILE = "a|b `x` <b> [l](u) *i* _u_\n---\n# Title \u202e\u200b {{ 7*7 }}"
@@ -252,3 +255,26 @@ def test_push_refuses_before_the_hub_is_asked(artefact, tmp_path):
     (artefact / "llmrec.json").unlink()
     with pytest.raises(ArtefactError, match="is no artefact of a recommender"):
         card_of(artefact)
+
+
+def test_the_example_is_one_that_the_prompt_can_render(recommender):
+    catalog = recommender.catalog
+    source = "{{ preference }}{% for i in history %}{{ i.gap }}{{ i.action }}{{ i.semantic_id }}{% endfor %}"
+    card = model_card(settings(), catalog, CONFIG, prompt=Prompt(source))
+    call = re.search(r"recommender\.(recommend\(.*\))", card)[1]
+    assert "preference=" in call
+    served = Recommender(recommender.model, recommender.tokenizer, catalog, Prompt(source), recommender.settings)
+    assert len(eval(f"served.{call}", {"served": served})) == 10
+    plain = model_card(settings(), catalog, CONFIG, prompt=recommender.prompt)
+    assert 'recommender.recommend(["item-0", "item-1"], k=10)' in plain
+    assert plain == model_card(settings(), catalog, CONFIG)
+
+
+def test_tags_say_how_items_are_spelt(recommender):
+    def tags(catalog):
+        return yaml.safe_load(model_card(settings(), catalog, CONFIG).split("---\n")[1])["tags"]
+
+    assert "semantic-ids" in tags(recommender.catalog)
+    titles = title_catalog([{"item_id": "a", "title": "Red lamp"}], recommender.tokenizer)
+    assert "semantic-ids" not in tags(titles)
+    assert "generative-recommendation" in tags(titles)

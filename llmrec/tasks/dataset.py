@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+
 from llmrec.data.split import Part
 from llmrec.examples import Row, next_item_rows
 from llmrec.exceptions import DependencyError
@@ -55,7 +57,7 @@ def build_rows(
         bar = tqdm(plan.rows(), desc="rows", total=len(plan), unit="row", delay=_PATIENCE, disable=not progress)
         packed = PackedRows.of(bar)
         if folder is not None:
-            packed.save(folder, key)
+            _keep(packed, folder, key)
     else:
         logger.info("the training rows are taken from %s", folder)
     for task, counted in packed.report().items():
@@ -124,6 +126,14 @@ def next_item_cases(data: TaskData, part: Part, cases: Sequence[int] | None = No
 def cache_key(mixture: Mixture, data: TaskData, seed: int) -> str:
     """sha256 of all that decides the rows: data, texts, templates, tokenizer, mixture, seed and code."""
     return hashlib.sha256(f"{data.content_hash}\n{mixture}\n{seed}".encode()).hexdigest()
+
+
+def _keep(packed: PackedRows, folder: Path, key: str) -> None:
+    """Saves rows for later runs, if it can be done: these are there already."""
+    try:
+        packed.save(folder, key)
+    except (OSError, SafetensorError) as error:  # a full disk, or another process that wrote the same at the same time
+        logger.warning("the training rows could not be kept in %s (%s)", folder, error)
 
 
 def _streamed(plan: Plan) -> "datasets.IterableDataset":

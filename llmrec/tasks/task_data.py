@@ -15,6 +15,7 @@ from llmrec.catalog import Catalog
 from llmrec.data.split import Part, Split
 from llmrec.exceptions import DataError, PromptError
 from llmrec.prompt import Event, Prompt
+from llmrec.tasks.events import LoggedEvents
 from llmrec.tasks.item_text import ItemText, cut_text
 from llmrec.tasks.tables import Preferences, Queries
 from llmrec.vocabulary import PlainText, start_token
@@ -101,10 +102,14 @@ class TaskData:
         return self.split.offsets[:-1][self.split.owner]
 
     @cached_property
+    def logged(self) -> LoggedEvents:
+        """The log's actions, domains and times."""
+        return LoggedEvents(self.split)
+
+    @property
     def event_columns(self) -> frozenset[str]:
-        """Which of a history's `action`, `domain` and `gap` the log has; gaps need a clock."""
-        had = {"action": self.split.actions is not None, "domain": self.split.domains is not None}
-        return frozenset(name for name, has in (had | {"gap": bool(self.split.clock)}).items() if has)
+        """Which of a history's `action`, `domain` and `gap` the log has."""
+        return self.logged.columns
 
     def history(self, place: int) -> tuple[int, int]:
         """The places (begin, end) of what a prompt shows before the interaction at `place`."""
@@ -112,15 +117,7 @@ class TaskData:
 
     def events(self, begin: int, end: int) -> list[Event]:
         """The events of these places; without what the log does not have."""
-        actions, domains, times = self._contexts
-        return [
-            Event(
-                None if actions is None else actions[place],
-                None if domains is None else domains[place],
-                None if times is None else times[place],
-            )
-            for place in range(begin, end)
-        ]
+        return self.logged.between(begin, end)
 
     def preference(self, place: int) -> str | None:
         """What the user had said before the interaction at `place`, cut; None if nothing is known."""
@@ -131,7 +128,7 @@ class TaskData:
                 "The preferences have times and the interactions have no clock, so what was known when cannot be "
                 "told. Give interactions with timestamps, or preferences without."
             )
-        times = self._contexts[2]
+        times = self.logged.times
         user = self.split.all_users[self.split.owner[place]]
         said = self.preferences.known(user, None if times is None else times[place])
         if said is not None and said not in self._cut:
@@ -140,9 +137,7 @@ class TaskData:
 
     def case_events(self, part: Part, cases: Sequence[int] | None = None) -> list[list[Event]] | None:
         """Per case of a part (default: all) the events of its whole history; None if the log has none to offer."""
-        if not self.event_columns:
-            return None
-        return [self.events(int(self.begins[place]), place) for place in self._places(part, cases)]
+        return self.logged.of_cases(part, cases)
 
     def case_variables(self, part: Part, cases: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
         """Per case of a part (default: all) what the served prompt is given beside the history: a preference."""
@@ -159,16 +154,6 @@ class TaskData:
     def _cut(self) -> dict[str, str]:
         """Preferences that were cut before."""
         return {}
-
-    @cached_property
-    def _contexts(self) -> tuple[list[str] | None, list[str] | None, list[float] | None]:
-        """(M,) actions, domains and times; "" and NaN where one is unknown, None for a column that the log lacks."""
-        words = [
-            None if column is None else [word or "" for word in column.to_list()]
-            for column in (self.split.actions, self.split.domains)
-        ]
-        times = self.split.timestamps.tolist() if self.split.timestamps is not None and self.split.clock else None
-        return words[0], words[1], times
 
     @cached_property
     def content_hash(self) -> str:

@@ -71,5 +71,10 @@ def fit(
         logger.info("continuing from %s", resume)
     trained = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     shutdown.exit_if_stopped()
+    if trainer.is_deepspeed_enabled:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        # With ZeRO-3, a model that one process loads from here on would wait for the others to take their shares.
+        unset_hf_deepspeed_config()
     trainer.accelerator.wait_for_everyone()
     return trainer, float(trained.metrics["train_runtime"])

@@ -121,6 +121,8 @@ def model_of(
     """
     if phase.base is None:
         return model, ""
+    from transformers import set_seed
+
     with phase.arguments.main_process_first(desc="saving the extended base"):
         if phase.arguments.process_index == 0:
             identity = save_extended_base(model, tokenizer, phase.base)
@@ -131,6 +133,7 @@ def model_of(
         attention = attention_for(phase.backbone, model.config, compute_dtype)
         del model
         model = load_quantised(phase.base, phase.method, compute_dtype or torch.float32, attention)
+    set_seed(phase.arguments.seed)  # an adapter starts the same whether the phase before it was trained just now or not
     return adapt(phase.backbone, model, new_rows), identity
 
 

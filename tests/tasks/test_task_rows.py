@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from logs_with_events import SERVED, data_of, items_of, log_of
+from safetensors import SafetensorError
 
 from llmrec.exceptions import DataError, DependencyError
 from llmrec.prompt import Prompt
@@ -218,3 +219,17 @@ def test_remembered_texts_are_encoded_as_ever(monkeypatch):
         found.append(-1)  # what is done with it changes nothing that is remembered
     assert 0 < len(data.text._remembered) <= 3
     assert all(len(text) <= 200 for text in data.text._remembered)
+
+
+@pytest.mark.parametrize("error", [OSError(39, "Directory not empty"), SafetensorError("I/O error")])
+def test_rows_that_cannot_be_kept_are_not_lost(tmp_path, monkeypatch, caplog, error):
+    """As when another process writes the same rows at the same moment, or the disk is full."""
+
+    def save(self, folder, key):
+        raise error
+
+    mixture = Mixture.parse(["next_item"])
+    expected = list(build_rows(mixture, data_of(), 0))
+    monkeypatch.setattr(PackedRows, "save", save)
+    assert list(build_rows(mixture, data_of(), 0, tmp_path)) == expected
+    assert "could not be kept" in caplog.text
