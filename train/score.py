@@ -60,8 +60,10 @@ def main(arguments: ScoreArguments, names: ColumnArguments, splits: SplitArgumen
     from llmrec.evaluation.baselines import ItemCF, Popularity
     from llmrec.evaluation.evaluation import evaluate
     from llmrec.evaluation.identifiers import Identifiers
+    from llmrec.prompt import EVENT_COLUMNS
     from llmrec.recommender import Recommender
     from llmrec.storage import write_json
+    from llmrec.tasks.events import LoggedEvents
 
     begin = time.monotonic()
     recommender = Recommender.from_pretrained(arguments.artefact, arguments.revision, arguments.device)
@@ -98,12 +100,14 @@ def main(arguments: ScoreArguments, names: ColumnArguments, splits: SplitArgumen
         evaluations.append(
             evaluate(name, split, arguments.part, recommend=model.recommend, ks=arguments.ks, cases=cases, facts=facts)
         )
+    shows_events = bool(recommender.prompt.attributes & set(EVENT_COLUMNS))
+    events = LoggedEvents(split).of_cases(arguments.part, cases) if shows_events else None
     lists: list[list[int]] = []
 
     def recommend(histories: Any, k: int) -> list[list[int]]:
         rows = [history.tolist() for history in histories]
         # As many items as the search finds anyway: reading them as IDs may need more than k.
-        lists[:], _ = recommender.recommend_rows(rows, num_beams, num_beams=num_beams, progress=True)
+        lists[:], _ = recommender.recommend_rows(rows, num_beams, num_beams=num_beams, progress=True, events=events)
         return [found[:k] for found in lists]
 
     trained = {

@@ -97,7 +97,7 @@ def main(
     refuse_to_replace(Path(data.artefact) / CATALOG_FOLDER)
     if training.output_dir == UNNAMED:
         training.output_dir = f"{data.artefact.rstrip('/')}.checkpoints"
-    phases = plan_phases(backbone, training, Path(data.artefact))
+    phases = plan_phases(backbone, training, Path(data.artefact), data.stream)
     held, built = data.read(names, splits, backbone)
     drawn = np.random.default_rng(training.seed).permutation(len(held.split.targets("valid")))
     valid = list(next_item_cases(held, "valid", np.sort(drawn[: data.eval_rows]).tolist()))
@@ -110,16 +110,20 @@ def main(
         shown = training.process_index == 0
         rows = training_dataset(mixture, held, training.seed, data.row_cache, data.stream, progress=shown)
     limit = positions(backbone)
-    longest = max(check_lengths(valid, limit), 0 if data.stream else check_lengths(rows, limit))
+    # A validation prompt is searched after, so it has to leave room for the longest item.
+    longest = check_lengths(valid, limit, held.catalog.num_levels)
+    longest = longest if data.stream else max(longest, check_lengths(rows, limit))
 
     settings = Settings(
         max_history=data.max_history,
         num_beams=data.num_beams,
+        max_text_tokens=data.max_text_tokens,
         softmax="semantic_ids" if training.loss_vocabulary == "semantic_ids" else "vocabulary",
         split=held.split.content_hash,
         protocol=dict(held.split.protocol),
         training={
-            "data": {name: getattr(data, name) for name in _DATA} | {"tasks": str(mixture)},
+            "data": {name: getattr(data, name) for name in _DATA}
+            | {"prompt": Path(data.prompt).name, "tasks": str(mixture)},
             "semantic_ids": described_codes(built),
             "backbone": asdict(backbone) | {"backbone": without_path(backbone.backbone)},
             "trainer": {name: getattr(training, name) for name in _TRAINING},
@@ -214,7 +218,7 @@ def recommend_of(held: "TaskData", settings: "Settings", ranked: list[int]) -> A
     histories = [held.split.histories("valid")[case].tolist() for case in ranked]
     events = held.case_events("valid", ranked) if held.prompt.attributes & set(EVENT_COLUMNS) else None
     said = list(held.case_variables("valid", ranked))
-    variables = {name: [case.get(name) for case in said] for name in held.prompt.variables - {"history"}}
+    variables = {name: [case[name] for case in said] for name in held.prompt.variables - {"history"}}
 
     def recommend(model: Any) -> Any:
         recommender = Recommender(model, held.tokenizer, held.catalog, held.prompt, settings)

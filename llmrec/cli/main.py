@@ -169,6 +169,12 @@ def recommend(
     preference: Annotated[
         str | None, typer.Option(help="What the user likes, in words; for a model trained on the task preference.")
     ] = None,
+    events: Annotated[
+        str | None,
+        typer.Option(
+            help='JSON, one object per item: `[{"action": "view", "timestamp": 1700000000}]`; may lack keys.'
+        ),
+    ] = None,
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
@@ -188,7 +194,8 @@ def recommend(
         exclude_seen=not include_seen,
         revision=revision,
         as_json=as_json,
-        preference=preference,
+        **({} if preference is None else {"preference": preference}),
+        **({} if events is None else {"events": events}),
     )
 
 

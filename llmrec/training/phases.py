@@ -78,11 +78,14 @@ class Phase:
             write_json(Path(self.arguments.output_dir) / _DONE, record)
 
 
-def plan_phases(backbone: BackboneArguments, training: FineTuningArguments, artefact: Path) -> list[Phase]:
-    """The phases of a run; the last one's checkpoints lie in `output_dir` itself.
+def plan_phases(
+    backbone: BackboneArguments, training: FineTuningArguments, artefact: Path, stream: bool = False
+) -> list[Phase]:
+    """The phases of a run; the last one's checkpoints lie in `output_dir` itself, and `max_steps` is its alone.
 
     Raises:
-        BackboneError: if a first phase is asked for that would train what the second does, or frozen random weights.
+        BackboneError: if a first phase is asked for that would train what the second does, or frozen random weights,
+            or whose epochs have no end because the rows are a stream.
     """
     base = artefact.with_name(f"{artefact.name}.base")
     adapted = backbone.method != "full"
@@ -94,7 +97,13 @@ def plan_phases(backbone: BackboneArguments, training: FineTuningArguments, arte
             f"new_tokens_epochs is {training.new_tokens_epochs:g}, and a model from scratch, or one of which nothing "
             "else is trained, has no such phase. Leave it at 0."
         )
+    if stream:
+        raise BackboneError(
+            f"new_tokens_epochs is {training.new_tokens_epochs:g}, and a stream's epochs cannot be counted. "
+            "Leave --stream out, or new_tokens_epochs at 0."
+        )
     first = copy.copy(training)
+    first.max_steps = -1
     first.output_dir = str(Path(training.output_dir) / NEW_TOKENS)
     first.num_train_epochs = training.new_tokens_epochs
     first.learning_rate = training.new_tokens_learning_rate or 10 * training.learning_rate
@@ -133,7 +142,9 @@ def model_of(
         attention = attention_for(phase.backbone, model.config, compute_dtype)
         del model
         model = load_quantised(phase.base, phase.method, compute_dtype or torch.float32, attention)
-    set_seed(phase.arguments.seed)  # an adapter starts the same whether the phase before it was trained just now or not
+    set_seed(
+        phase.arguments.seed
+    )  # an adapter starts the same whether the phase before it was trained just now or not
     return adapt(phase.backbone, model, new_rows), identity
 
 
