@@ -1,6 +1,7 @@
 """What every stage's script does alike: reads a recipe and flags, logs, and ends an error with a message."""
 
 import difflib
+import errno
 import logging
 import os
 import sys
@@ -68,13 +69,30 @@ def parse(arguments: "TrlParser", argv: Sequence[str]) -> tuple[Any, ...]:
 
 
 def run(main: Callable[..., None], arguments: "TrlParser") -> None:
-    """Calls `main` with what the command line says; an LLMRecError becomes one line on stderr and exit code 1."""
+    """Calls `main` with what the command line says; an LLMRecError becomes one line on stderr and exit code 1.
+
+    So does a disk without room.
+    """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("llmrec").setLevel(logging.INFO)
     try:
         main(*parse(arguments, sys.argv[1:]))
     except LLMRecError as error:
         sys.exit(f"error: {error}")
+    except Exception as error:
+        if not _is_out_of_room(error):
+            raise
+        sys.exit(
+            f"error: A file could not be written: {error}. Make room on that disk, and start the same command again."
+        )
+
+
+def _is_out_of_room(error: Exception) -> bool:
+    """Whether a disk is full, a quota used up or a file too large; safetensors tells it in words."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError):
+        return error.errno in numbers
+    return type(error).__name__ == "SafetensorError" and any(f"os error {number})" in str(error) for number in numbers)
 
 
 def _recipe(argv: list[str]) -> tuple[str | None, list[str]]:

@@ -1,8 +1,10 @@
 """What a recipe or a command line says wrongly is said back in one line, before anything is loaded."""
 
+import errno
 from dataclasses import dataclass, field
 
 import pytest
+from safetensors import SafetensorError
 
 from llmrec.exceptions import RecipeError
 from llmrec.script import parse, parser, run
@@ -84,3 +86,28 @@ def test_an_error_is_one_line_and_a_code(monkeypatch):
         run(lambda arguments: None, parser((Arguments,), "A script."))
     assert str(caught.value).startswith("error: The recipe /nowhere.yaml")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_ends_in_one_line(error, monkeypatch):
+    def main(arguments):
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["script", "--artefact", "there"])
+    with pytest.raises(SystemExit, match=r"error: A file could not be written: .*Make room"):
+        run(main, parser((Arguments,), "A script."))
+
+
+def test_other_errors_of_a_script_keep_their_trace(monkeypatch):
+    def main(arguments):
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr("sys.argv", ["script", "--artefact", "there"])
+    with pytest.raises(OSError, match="broken"):
+        run(main, parser((Arguments,), "A script."))

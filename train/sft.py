@@ -94,6 +94,7 @@ def main(
     mixture = Mixture.parse(data.tasks)
     tasks = sorted({entry.task for entry in mixture.entries})
     training.check_tasks(tasks, titles=data.semantic_ids is None)
+    training.check_metric(tasks, ranked=data.eval_users > 0)
     refuse_to_replace(Path(data.artefact) / CATALOG_FOLDER)
     if training.output_dir == UNNAMED:
         training.output_dir = f"{data.artefact.rstrip('/')}.checkpoints"

@@ -48,7 +48,17 @@ class FineTuningArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.metric_for_best_model and self.greater_is_better is None:
+            # The Trainer goes by the name's end, and takes eval_loss/next_item for something that should be large.
+            self.greater_is_better: bool | None = "loss" not in self.metric_for_best_model
         super().__post_init__()
+        if self.deepspeed_plugin is not None:
+            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+            # Else ZeRO-3 would split a model as it is made, before its embeddings are extended and its base is saved;
+            # the Trainer splits it later.
+            unset_hf_deepspeed_config()
+        self._check_reports()
         if self.early_stopping < 0 or self.new_tokens_epochs < 0:
             raise RecipeError(
                 f"early_stopping is {self.early_stopping} and new_tokens_epochs {self.new_tokens_epochs}. "
@@ -66,6 +76,36 @@ class FineTuningArguments(TrainingArguments):
             raise RecipeError(
                 f"{launched} processes were launched, and each would train for itself: there is no GPU for them. "
                 "Add --use_cpu true to let them work together on the CPU, or launch one process."
+            )
+
+    def check_metric(self, tasks: Sequence[str], ranked: bool) -> None:
+        """Raises RecipeError if no evaluation measures `metric_for_best_model`.
+
+        Args:
+            tasks: names.
+            ranked: whether validation users are ranked.
+        """
+        if not self.metric_for_best_model:
+            return
+        known = ["eval_loss"]
+        known += ["eval_loss/next_item"] if set(tasks) != {"next_item"} else []  # the task that is validated
+        known += ["eval_HR@10", "eval_NDCG@10"] if ranked else []
+        if f"eval_{self.metric_for_best_model.removeprefix('eval_')}" not in known:
+            raise RecipeError(
+                f"metric_for_best_model is {self.metric_for_best_model!r}, and an evaluation has {', '.join(known)}"
+                f"{'' if ranked else ' (and ranks no users, as --eval_users is 0)'}. Name one of these."
+            )
+
+    def _check_reports(self) -> None:
+        """Raises RecipeError for a package of `report_to` that is not installed, before any row is built."""
+        from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+        named = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        known = {"none", "all", "flyte", *get_available_reporting_integrations()}
+        if lacking := sorted(set(named) - known):
+            raise RecipeError(
+                f"--report_to names {lacking[0]}, which is not installed. Install it, or leave it out: the course of "
+                "the training is in log.jsonl and training.html in any case."
             )
 
     def check_tasks(self, tasks: Sequence[str], titles: bool) -> None:

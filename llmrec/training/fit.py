@@ -50,6 +50,10 @@ def fit(
     """
     arguments = phase.arguments
     arguments.dataloader_pin_memory = arguments.device.type == "cuda"
+    if (deepspeed := getattr(arguments, "hf_deepspeed_config", None)) is not None:
+        from transformers.integrations.deepspeed import set_hf_deepspeed_config
+
+        set_hf_deepspeed_config(deepspeed)  # which the Trainer itself does only without --deepspeed
     shutdown = ShutdownCallback()
     callbacks: list[TrainerCallback] = [ranking] if ranking else []
     if arguments.early_stopping:
@@ -71,7 +75,7 @@ def fit(
         logger.info("continuing from %s", resume)
     trained = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     shutdown.exit_if_stopped()
-    if trainer.is_deepspeed_enabled:
+    if arguments.deepspeed_plugin is not None:
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         # With ZeRO-3, a model that one process loads from here on would wait for the others to take their shares.

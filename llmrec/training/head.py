@@ -170,7 +170,7 @@ class HeadLoss:
 
 
 def _vocabulary(model: "PreTrainedModel") -> int:
-    """How many rows the model's embeddings have; of a weight that is gathered when needed, DeepSpeed says so itself."""
+    """How many rows the model's embeddings have; of a weight that is not gathered yet, DeepSpeed says it."""
     weight = model.get_input_embeddings().weight
     return int(getattr(weight, "ds_shape", weight.shape)[0])
 

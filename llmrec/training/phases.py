@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmrec.artefact import MANIFEST
 from llmrec.backbones.adapters import adapt
 from llmrec.backbones.bits import load_quantised
 from llmrec.backbones.causal_lm import BackboneArguments, attention_for
 from llmrec.exceptions import ArtefactError, BackboneError
 from llmrec.export import base_hash, save_extended_base
+from llmrec.extended_base import BASE_FILE
 from llmrec.storage import write_json
 from llmrec.training.arguments import FineTuningArguments
 from llmrec.training.ranking import is_sharded
@@ -86,9 +88,17 @@ def plan_phases(
     Raises:
         BackboneError: if a first phase is asked for that would train what the second does, or frozen random weights,
             or whose epochs have no end because the rows are a stream.
+        ArtefactError: if a folder that the run would replace holds something else than what it writes there.
     """
     base = artefact.with_name(f"{artefact.name}.base")
     adapted = backbone.method != "full"
+    adapter = artefact.with_name(f"{artefact.name}.adapter")
+    for folder, mark in [(artefact, MANIFEST), *([(base, BASE_FILE), (adapter, MANIFEST)] if adapted else [])]:
+        if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / mark).is_file())):
+            raise ArtefactError(
+                f"{folder} holds something else than an earlier run's result (it has no {mark}), and would be "
+                "replaced. Give another --artefact, or move it away."
+            )
     last = Phase(backbone, training, base if adapted else None, None)
     if not training.new_tokens_epochs:
         return [last]

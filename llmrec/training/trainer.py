@@ -193,6 +193,21 @@ class GenerativeTrainer(WholeCheckpoints, Trainer):
             logs |= {name: mean for name, mean in means.items() if name != "loss"}
         super().log(logs, start_time)
 
+    def get_train_dataloader(self) -> "DataLoader[Any]":
+        """The Trainer's; of a stream each process takes its own batches, because they cannot be cut from a larger one.
+
+        Rows of other batches have other lengths, and folded ones other numbers of lines.
+        """
+        from torch.utils.data import DataLoader
+
+        if self.args.world_size == 1 or self.train_dataset is None or hasattr(self.train_dataset, "__len__"):
+            prepared: DataLoader[Any] = super().get_train_dataloader()
+            return prepared
+        size = self._train_batch_size
+        share = ShareOfStream(self.train_dataset, size, self.args.process_index, self.args.world_size)
+        workers = self.args.dataloader_num_workers
+        return DataLoader(share, size, collate_fn=self.data_collator, num_workers=workers)
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> "DataLoader[Any]":
         """Each process's batches of the rows; see `ShareOfRows`."""
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -267,7 +282,7 @@ class GenerativeTrainer(WholeCheckpoints, Trainer):
             callback.early_stopping_patience_counter = attributes.get("early_stopping_patience_counter", 0)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """The Trainer's, unless it was resumed from where the training had ended: the Trainer would take a step more."""
+        """The Trainer's; none where a training had ended that is resumed, of which the Trainer takes a step more."""
         if self.state.global_step >= self.state.max_steps or any(
             callback.early_stopping_patience_counter >= callback.early_stopping_patience
             for callback in self._early_stoppings()

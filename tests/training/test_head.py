@@ -131,6 +131,39 @@ def test_finding_the_shape_draws_no_random_numbers_and_leaves_the_mode():
     assert all(module.training for module in model.modules())
 
 
+def test_hooks_behind_the_head_are_part_of_the_backward_pass():
+    """DeepSpeed's ZeRO-3 gathers the head's weight in one; around it the loss would find no weight."""
+    model, rows = tiny("llama"), random_rows(0, 3)
+    batch, called = padded(rows), []
+
+    class Gather(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, answer):
+            return answer.view_as(answer)
+
+        @staticmethod
+        def backward(ctx, slope):
+            called.append(tuple(slope.shape))
+            return slope
+
+    model.lm_head.register_forward_hook(lambda module, inputs, answer: Gather.apply(answer))
+    found = HeadLoss(model)(model, {"input_ids": batch["input_ids"]}, batch["labels"])
+    found.total.backward()
+    assert called == [(1, 1, 1)]
+    torch.testing.assert_close(found.total.detach(), found.each.sum())
+    assert len(model.lm_head._forward_hooks) == 1
+
+
+def test_a_weight_that_is_not_here_yet_has_the_size_that_deepspeed_tells():
+    model = tiny("llama")
+    weight = model.get_input_embeddings().weight
+    weight.ds_shape = weight.shape
+    weight.data = weight.data[:0]
+    HeadLoss(model, [weight.ds_shape[0] - 1])
+    with pytest.raises(BackboneError, match="tokens of the loss"):
+        HeadLoss(model, [weight.ds_shape[0]])
+
+
 def test_a_failing_forward_pass_leaves_the_head_as_it_was():
     model = tiny("llama")
     with pytest.raises(IndexError):
