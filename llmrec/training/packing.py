@@ -177,6 +177,25 @@ class ShareOfRows(torch.utils.data.Dataset[dict[str, Any]]):
         return dict(self._dataset[place]) if place >= 0 else _without_labels(self._dataset[-1 - place])
 
 
+class EndlessStream(torch.utils.data.IterableDataset[dict[str, Any]]):
+    """A stream that begins again where it ends, in its own order.
+
+    A trainer cannot know how many steps a pass has, so one that is resumed counts them from the training's begin.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while True:
+            empty = True
+            for row in self._dataset:
+                empty = False
+                yield row
+            if empty:
+                raise DataError("The stream of training rows is empty. Check the mixture and the interactions.")
+
+
 class ShareOfStream(torch.utils.data.IterableDataset[dict[str, Any]]):
     """`ShareOfRows` of a stream: every process reads all of it and keeps its batches, in the stream's order."""
 

@@ -14,7 +14,7 @@ from llmrec.training.batches import Collator, check_restarts, choose_layout
 from llmrec.training.checkpoints import WholeCheckpoints
 from llmrec.training.curve import LOG_FILE, LogLines
 from llmrec.training.head import HeadLoss, LossVocabulary
-from llmrec.training.packing import Bins, ShareOfRows, ShareOfStream, row_lengths
+from llmrec.training.packing import Bins, EndlessStream, ShareOfRows, ShareOfStream, row_lengths
 from llmrec.training.ranking import RankingCallback
 
 if TYPE_CHECKING:
@@ -196,15 +196,16 @@ class GenerativeTrainer(WholeCheckpoints, Trainer):
     def get_train_dataloader(self) -> "DataLoader[Any]":
         """The Trainer's; of a stream each process takes its own batches, because they cannot be cut from a larger one.
 
-        Rows of other batches have other lengths, and folded ones other numbers of lines.
+        Rows of other batches have other lengths, and folded ones other numbers of lines. Every pass over a stream has
+        the stream's own order: the Trainer would deal out its shards anew for each, and resume at the wrong row.
         """
         from torch.utils.data import DataLoader
 
-        if self.args.world_size == 1 or self.train_dataset is None or hasattr(self.train_dataset, "__len__"):
+        if self.train_dataset is None or hasattr(self.train_dataset, "__len__"):
             prepared: DataLoader[Any] = super().get_train_dataloader()
             return prepared
         size = self._train_batch_size
-        share = ShareOfStream(self.train_dataset, size, self.args.process_index, self.args.world_size)
+        share = ShareOfStream(EndlessStream(self.train_dataset), size, self.args.process_index, self.args.world_size)
         workers = self.args.dataloader_num_workers
         return DataLoader(share, size, collate_fn=self.data_collator, num_workers=workers)
 

@@ -10,6 +10,7 @@ from tiny_models import random_rows
 from llmrec.exceptions import DataError
 from llmrec.training.packing import (
     Bins,
+    EndlessStream,
     ShareOfRows,
     ShareOfStream,
     pack_decreasing,
@@ -120,3 +121,10 @@ def test_batches_are_of_like_lengths_the_longest_first():
     assert np.concatenate(share.batches).tolist() == sorted(
         range(23), key=lambda place: (-len(rows[place]["input_ids"]), place)
     )
+
+
+def test_an_endless_stream_begins_again_and_is_never_empty():
+    rows = [{"input_ids": [n]} for n in range(3)]
+    assert [row["input_ids"][0] for row in itertools.islice(EndlessStream(rows), 8)] == [0, 1, 2, 0, 1, 2, 0, 1]
+    with pytest.raises(DataError, match="is empty"):
+        next(iter(EndlessStream([])))

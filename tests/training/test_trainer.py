@@ -144,6 +144,17 @@ def test_a_stream_trains_as_the_list_does(tmp_path):
     assert losses(streamed, "loss/search") == losses(listed, "loss/search")
 
 
+def test_every_pass_over_a_stream_of_shards_has_its_order_and_is_resumed_in_it(tmp_path):
+    rows = random_rows(6, 16)
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=8)
+    size = {"max_steps": 11, "save_strategy": "steps", "save_steps": 7}  # the eleventh step is in the third pass
+    streamed = train(tmp_path / "1", stream, tasks=(), keep=["tasks"], **size)
+    assert losses(streamed) == losses(train(tmp_path / "2", rows, **size))
+    again = GenerativeTrainer(tiny(dtype=torch.float32), arguments(tmp_path / "1", **size), stream, tasks=())
+    again.train(resume_from_checkpoint=str(tmp_path / "1" / "checkpoint-7"))
+    assert losses(again) == losses(streamed)
+
+
 class Ended(TrainerCallback):
     """Counts the steps that are begun."""
 
