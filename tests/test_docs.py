@@ -30,7 +30,7 @@ DOCUMENTS = sorted(
 FOREIGN = {"--api-key", "--config_file", "--enable-lora", "--num_processes", "--tensor-parallel-size"}
 TRAINER = {
     *("--gradient_checkpointing", "--per_device_train_batch_size", "--gradient_accumulation_steps", "--output_dir"),
-    *("--use_cpu", "--report_to", "--save_total_limit", "--max_steps"),
+    *("--use_cpu", "--report_to", "--save_total_limit", "--max_steps", "--use_liger_kernel"),
 }
 
 

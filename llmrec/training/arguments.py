@@ -1,5 +1,6 @@
 """The flags of a fine-tuning: transformers' own, with the defaults that fit here, and what llmrec adds."""
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -59,6 +60,11 @@ class FineTuningArguments(TrainingArguments):
             # the Trainer splits it later.
             unset_hf_deepspeed_config()
         self._check_reports()
+        if self.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+            raise RecipeError(
+                "use_liger_kernel is true, and liger-kernel is not installed; it needs a GPU. "
+                "Install llmrec[gpu] there, or leave it out."
+            )
         if self.early_stopping < 0 or self.new_tokens_epochs < 0:
             raise RecipeError(
                 f"early_stopping is {self.early_stopping} and new_tokens_epochs {self.new_tokens_epochs}. "

@@ -72,6 +72,12 @@ def test_metrics_that_no_evaluation_has_are_refused(tmp_path):
     assert found.greater_is_better is False
 
 
+def test_kernels_that_are_not_installed_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="liger-kernel is not installed"):
+        flags(tmp_path, use_liger_kernel=True)
+
+
 def test_a_report_to_what_is_not_installed_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "transformers.integrations.integration_utils.get_available_reporting_integrations", lambda: ["wandb"]
