@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrec.backbones.causal_lm import BackboneArguments
 from llmrec.data.arguments import ColumnArguments, SplitArguments
-from llmrec.exceptions import DataError
+from llmrec.exceptions import BackboneError, DataError
 from llmrec.script import parser, run
 from llmrec.tasks.arguments import DataArguments
 
@@ -84,7 +84,7 @@ def main(
     from llmrec.tasks.mixture import Mixture
     from llmrec.training.arguments import UNNAMED
     from llmrec.training.fit import fit
-    from llmrec.training.phases import load_result, model_of, plan_phases, whole_model
+    from llmrec.training.phases import NEW_TOKENS, load_result, model_of, plan_phases, whole_model
     from llmrec.training.ranking import RankingCallback
 
     # Whatever can be wrong is found out before a weight is loaded.
@@ -99,6 +99,8 @@ def main(
     if training.output_dir == UNNAMED:
         training.output_dir = f"{data.artefact.rstrip('/')}.checkpoints"
     phases = plan_phases(backbone, training, Path(data.artefact), data.stream)
+    if data.semantic_ids is None and any(phase.method == NEW_TOKENS for phase in phases):
+        raise BackboneError("Titles are spelt with old tokens, so no new ones can be trained. Leave new_tokens out.")
     held, built = data.read(names, splits, backbone)
     drawn = np.random.default_rng(training.seed).permutation(len(held.split.targets("valid")))
     valid = list(next_item_cases(held, "valid", np.sort(drawn[: data.eval_rows]).tolist()))
@@ -112,8 +114,9 @@ def main(
         rows = training_dataset(mixture, held, training.seed, data.row_cache, data.stream, progress=shown)
     limit = positions(backbone)
     # A validation prompt is searched after, so it has to leave room for the longest item.
-    longest = check_lengths(valid, limit, held.catalog.num_levels)
-    longest = longest if data.stream else max(longest, check_lengths(rows, limit))
+    if data.stream:
+        logger.info("the stream is read once, to know its longest row")
+    longest = max(check_lengths(valid, limit, held.catalog.num_levels), check_lengths(rows, limit))
 
     settings = Settings(
         max_history=data.max_history,

@@ -152,9 +152,8 @@ def model_of(
         attention = attention_for(phase.backbone, model.config, compute_dtype)
         del model
         model = load_quantised(phase.base, phase.method, compute_dtype or torch.float32, attention)
-    set_seed(
-        phase.arguments.seed
-    )  # an adapter starts the same whether the phase before it was trained just now or not
+    # An adapter starts the same whether the phase before it was trained just now or in an earlier start.
+    set_seed(phase.arguments.seed)
     return adapt(phase.backbone, model, new_rows), identity
 
 

@@ -251,6 +251,10 @@ def test_two_processes_over_the_checkpoints_of_another_run(data, tmp_path):
         (["--prompt", "{folder}/unknown.jinja", "--tasks", "next_item"], "preferense"),
         (["--items", "items.jsonl"], "Give one of --semantic_ids and --items"),
         (["--max_histroy", "3"], "Did you mean --max_history?"),
+        (
+            ["--stream", "true", "--backbone", "{folder}/short", "--tasks", "item_to_id"],
+            "are longer than the 40 tokens",
+        ),
         (["--early_stopping", "2"], "Set load_best_model_at_end: true"),
         (["--stream", "true", "--max_steps", "-1"], "Say --max_steps"),
         (["--backbone", "{folder}/short", "--prompt", "next_item", "--tasks", "next_item"], "tokens"),
