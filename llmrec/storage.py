@@ -21,9 +21,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        _fsync(temporary)
+        fsync(temporary)
         os.replace(temporary, path)
-        _fsync(path.parent)
+        fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -44,11 +44,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in sorted(temporary.rglob("*")):
-            _fsync(file)
+            fsync(file)
         if path.exists():
             os.replace(path, old)
         os.replace(temporary, path)
-        _fsync(path.parent)
+        fsync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -84,7 +84,8 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Returns when the file's or folder's content is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from llmrec.exceptions import BackboneError
-from llmrec.storage import write_json
-from llmrec.training.manifest import MANIFEST, fsync, why_not_whole, write_manifest
+from llmrec.storage import fsync, write_json
+from llmrec.training.manifest import MANIFEST, why_not_whole, write_manifest
 from llmrec.training.shutdown import ShutdownCallback
 
 if TYPE_CHECKING:

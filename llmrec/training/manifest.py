@@ -1,7 +1,6 @@
 """The list of a checkpoint's files with sizes and hashes, which is written last: what has one was finished."""
 
 import json
-import os
 import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from llmrec import __version__
-from llmrec.storage import sha256_of, write_json
+from llmrec.storage import fsync, sha256_of, write_json
 
 MANIFEST = "manifest.json"
 
@@ -83,12 +82,3 @@ def _why_not_whole_by_archives(checkpoint: Path) -> str | None:
         if not zipfile.is_zipfile(checkpoint / name):
             return f"it has no {MANIFEST}, and its {name} is torn or missing"
     return None
-
-
-def fsync(path: Path) -> None:
-    """Returns when the file's or folder's content is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

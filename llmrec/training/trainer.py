@@ -274,6 +274,12 @@ class GenerativeTrainer(WholeCheckpoints, Trainer):
             self._parameters = int(self.model.num_parameters(exclude_embeddings=True))
         return 6 * inputs["input_ids"].numel() * self._parameters
 
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; an early stopping begins with all its patience, wherever else it was used before."""
+        for callback in self._early_stoppings():
+            callback.early_stopping_patience_counter = 0
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def _load_callback_state(self) -> None:
         """The patience that an early stopping had left at a checkpoint is what it goes on with."""
         super()._load_callback_state()
