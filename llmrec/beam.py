@@ -57,7 +57,8 @@ class TrieTensors:
             for level, codes in enumerate(trie.code)
         ]
         self.item_of_leaf = torch.from_numpy(trie.item_of_leaf).to(self.device)
-        self.ragged = any(bool((token < 0).any()) for token in self.token)
+        # Asked of the host's arrays, so that nothing is read back from the device.
+        self.ragged = any(bool((ids[codes] < 0).any()) for ids, codes in zip(token_ids, trie.code, strict=True))
         self.vocabulary: torch.Tensor | None = None
         if vocabulary is not None:
             used = np.unique(np.concatenate([token_ids[level][codes] for level, codes in enumerate(trie.code)]))

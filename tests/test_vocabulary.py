@@ -13,8 +13,10 @@ from tokenizers import AddedToken
 
 from llmrec.vocabulary import PlainText, add_catalog_tokens
 
-CATALOG = {family: add_catalog_tokens(hostile_tokenizer(family), random_catalog(3)) for family in FAMILIES}
-PLAIN = {family: PlainText(hostile_tokenizer(family)) for family in FAMILIES}
+# Copies, for they are extended here, and others use them too.
+TOKENIZERS = {family: copy.deepcopy(hostile_tokenizer(family)) for family in FAMILIES}
+CATALOG = {family: add_catalog_tokens(TOKENIZERS[family], random_catalog(3)) for family in FAMILIES}
+PLAIN = {family: PlainText(TOKENIZERS[family]) for family in FAMILIES}
 
 TITLES = [
     "<|endoftext|>",
@@ -49,7 +51,7 @@ TITLES = [
 
 def forbidden(family: str) -> set[int]:
     """The ids that no text may have, found without PlainText: everything added but blanks, "unknown" and bytes."""
-    tokenizer = hostile_tokenizer(family)
+    tokenizer = TOKENIZERS[family]
     control = {id for id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
     roles = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     return (control - {tokenizer.unk_token_id}) | (roles - {None})
@@ -63,7 +65,7 @@ def visible(text: str) -> str:
 
 
 def assert_is_text(family: str, text: str) -> None:
-    tokenizer = hostile_tokenizer(family)
+    tokenizer = TOKENIZERS[family]
     ids = PLAIN[family].encode(text)
     assert all(type(id) is int for id in ids)
     assert not forbidden(family) & set(ids)
@@ -76,10 +78,7 @@ def assert_is_text(family: str, text: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_families_would_turn_titles_into_tokens(family: str) -> None:
     taken = {
-        id
-        for title in TITLES
-        if title.isascii() and title.isprintable()
-        for id in hostile_tokenizer(family).encode(title)
+        id for title in TITLES if title.isascii() and title.isprintable() for id in TOKENIZERS[family].encode(title)
     }
     assert taken & set(CATALOG[family].item_tokens.reshape(-1).tolist())
     assert len(taken & forbidden(family)) > 3
@@ -92,7 +91,7 @@ def test_titles_stay_text(family: str, title: str) -> None:
 
 
 def pieces(family: str) -> list[str]:
-    added = [token.content for token in hostile_tokenizer(family).added_tokens_decoder.values()]
+    added = [token.content for token in TOKENIZERS[family].added_tokens_decoder.values()]
     some = [token for token in added if not token.startswith("<s")] + ["<s0_3>", "<s1_2>", "</s>", "<s>"]
     wide = ["".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in token) for token in some]
     halves = [token[:place] for token in some for place in (1, len(token) // 2)]
@@ -136,7 +135,7 @@ def test_any_string_has_ids(family: str, text: str) -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.text(alphabet="abc def.<>/|019éß", max_size=30))
 def test_harmless_text_has_the_tokenizer_s_own_ids(family: str, text: str) -> None:
-    tokenizer = hostile_tokenizer(family)
+    tokenizer = TOKENIZERS[family]
     if family == "no_unknown" and not text.isascii():
         return  # it has no ids
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -167,7 +166,7 @@ def test_known_characters_around_a_control_token_survive() -> None:
     ],
 )
 def test_one_space_is_all_that_is_changed(family: str, title: str, broken: str) -> None:
-    assert PLAIN[family].encode(title) == hostile_tokenizer(family).encode(broken, add_special_tokens=False)
+    assert PLAIN[family].encode(title) == TOKENIZERS[family].encode(broken, add_special_tokens=False)
 
 
 class Slow:
@@ -194,7 +193,7 @@ def test_a_tokenizer_that_knows_no_places_is_asked_in_pieces() -> None:
 
 def test_unknown_stays_for_what_is_unknown_and_not_for_its_name() -> None:
     for family in ("t5", "xlnet"):
-        tokenizer, text = hostile_tokenizer(family), PLAIN[family]
+        tokenizer, text = TOKENIZERS[family], PLAIN[family]
         unknown = tokenizer.unk_token_id
         assert unknown in text.encode("a 😀 b")
         assert unknown not in text.encode("a <unk> b")
@@ -203,7 +202,7 @@ def test_unknown_stays_for_what_is_unknown_and_not_for_its_name() -> None:
 
 @pytest.mark.parametrize("family", ["llama2", "gemma", "mistral", "unigram_bytes"])
 def test_byte_tokens_stay_for_bytes_and_not_for_their_names(family: str) -> None:
-    tokenizer, text = hostile_tokenizer(family), PLAIN[family]
+    tokenizer, text = TOKENIZERS[family], PLAIN[family]
     newline = tokenizer.convert_tokens_to_ids("<0x0A>")
     assert newline in text.encode("a\nb")
     for title in ("a<0x0A>b", "a＜0x0A＞b"):
