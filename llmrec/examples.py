@@ -5,7 +5,7 @@ look. Only an answer's tokens ever carry a label.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,6 @@ from llmrec.prompt import Event, Prompt
 from llmrec.vocabulary import PlainText
 
 IGNORED = -100
-Supervision = Literal["sequence", "next_item"]
 
 
 class Row(TypedDict):
@@ -56,29 +55,13 @@ def windows(length: int, max_history: int) -> Iterator[tuple[int, int, int]]:
 
 
 def sequence_row(catalog: Catalog, items: Sequence[int], context: int, start: int) -> Row:
-    """The row of a window of catalog rows, of which the first `context` are no targets."""
+    """The row of a window of catalog rows, of which the first `context` are no targets.
+
+    Only for a bare prompt, where the prompt of a shorter history is a prefix of the longer one's. The first item of a
+    history is a target too, so that an empty history has a learnt answer.
+    """
     answer = catalog.tokens_of_rows(items[context:])
     return answered([start, *catalog.tokens_of_rows(items[:context])], answer, "sequence")
-
-
-def sequence_rows(
-    catalog: Catalog, sequences: Sequence[npt.NDArray[np.integer]], start: int, max_history: int
-) -> Iterator[Row]:
-    """One pass over a history trains all its positions: every item is a target once, with what came before as context.
-
-    Only for a bare prompt, where the prompt of a shorter history is a prefix of the longer one's. The first item is a
-    target too, so that an empty history has a learnt answer. Sequences longer than `max_history + 1` items become
-    overlapping windows, in which the items already seen as targets are context only.
-
-    Args:
-        catalog: with token ids.
-        sequences: catalog rows, oldest first.
-        start: the token that opens a prompt.
-        max_history: the most items of context that a target has.
-    """
-    for sequence in sequences:
-        for begin, done, end in windows(len(sequence), max_history):
-            yield sequence_row(catalog, sequence[begin:end].tolist(), done - begin, start)
 
 
 def next_item_rows(
@@ -115,35 +98,12 @@ def next_item_rows(
         yield answered(tokens, catalog.tokens_of(target), "next_item")
 
 
-def training_rows(
-    prompt: Prompt,
-    catalog: Catalog,
-    sequences: Sequence[npt.NDArray[np.integer]],
-    text: PlainText,
-    start: int,
-    max_history: int,
-    supervision: Supervision,
-) -> Iterator[Row]:
-    """The rows of training sequences: whole sequences at once, or one row per item from the second on.
-
-    Raises:
-        PromptError: if "sequence" is asked for with a prompt that is more than the history's semantic IDs.
-    """
-    if supervision == "sequence":
-        check_bare(prompt)
-        yield from sequence_rows(catalog, sequences, start, max_history)
-        return
-    for sequence in sequences:
-        histories = [sequence[:end] for end in range(1, len(sequence))]
-        yield from next_item_rows(prompt, catalog, histories, sequence[1:].tolist(), text, start, max_history)
-
-
 def check_bare(prompt: Prompt) -> None:
     """Raises PromptError if whole sequences cannot be learnt with this prompt, which has text around semantic IDs."""
     if not prompt.is_bare:
         raise PromptError(
-            "Supervision 'sequence' needs a prompt of semantic IDs alone, and this template has text around them. "
-            "Use supervision 'next_item', or the template prompts/semantic_ids.jinja."
+            "The task 'sequence' needs a prompt of semantic IDs alone, and this template has text around them. "
+            "Say --tasks next_item, or take the template prompts/semantic_ids.jinja."
         )
 
 

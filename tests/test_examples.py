@@ -4,7 +4,7 @@ from factories import random_catalog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrec.examples import IGNORED, answered, check_lengths, next_item_rows, sequence_rows, training_rows
+from llmrec.examples import IGNORED, answered, check_bare, check_lengths, next_item_rows, sequence_row, windows
 from llmrec.exceptions import PromptError
 from llmrec.prompt import Event, Prompt
 from llmrec.vocabulary import PlainText, add_catalog_tokens, train_tokenizer
@@ -23,7 +23,8 @@ def items_of(tokens):
 @given(st.lists(st.integers(0, 39), max_size=40), st.integers(1, 9))
 def test_every_item_is_a_target_once_with_the_context_before_it(history, max_history):
     targets = []
-    for row in sequence_rows(CATALOG, [np.array(history, dtype=np.int64)], START, max_history):
+    for begin, done, end in windows(len(history), max_history):
+        row = sequence_row(CATALOG, history[begin:end], done - begin, START)
         assert row["input_ids"][0] == START
         assert row["labels"][0] == IGNORED
         items = items_of(row["input_ids"][1:])
@@ -49,29 +50,24 @@ def test_next_item_rows_have_the_target_as_their_only_label():
     assert row["labels"] == [IGNORED] * (len(row["input_ids"]) - 3) + target
 
 
-def test_both_supervisions_have_the_same_targets():
+def test_a_sequence_has_the_targets_of_its_prefixes():
     text = PlainText(TOKENIZER)
     bare = Prompt("{% for item in history %}{{ item.semantic_id }}{% endfor %}")
     sequence = np.array([3, 1, 4, 1, 5])
-    (whole,) = training_rows(bare, CATALOG, [sequence], text, START, 10, "sequence")
-    single = list(training_rows(bare, CATALOG, [sequence], text, START, 10, "next_item"))
+    whole = sequence_row(CATALOG, sequence.tolist(), 0, START)
+    histories = [sequence[:end] for end in range(1, 5)]
+    single = list(next_item_rows(bare, CATALOG, histories, sequence[1:].tolist(), text, START, 10))
     assert items_of([id for id in whole["labels"] if id != IGNORED]) == [3, 1, 4, 1, 5]
     assert [items_of([id for id in row["labels"] if id != IGNORED])[0] for row in single] == [1, 4, 1, 5]
     assert single[-1]["input_ids"] == whole["input_ids"]
+    assert whole["task"] == "sequence"
+    assert {row["task"] for row in single} == {"next_item"}
 
 
-def test_sequence_supervision_needs_a_bare_prompt():
-    prompt = Prompt("Bought {% for item in history %}{{ item.semantic_id }}{% endfor %}")
-    with pytest.raises(PromptError, match="supervision 'next_item'"):
-        list(training_rows(prompt, CATALOG, [np.array([1, 2])], PlainText(TOKENIZER), START, 5, "sequence"))
-
-
-def test_rows_carry_their_task():
-    text = PlainText(TOKENIZER)
-    bare = Prompt("{% for item in history %}{{ item.semantic_id }}{% endfor %}")
-    for supervision in ("sequence", "next_item"):
-        rows = training_rows(bare, CATALOG, [np.array([3, 1, 4])], text, START, 10, supervision)
-        assert {row["task"] for row in rows} == {supervision}
+def test_a_sequence_needs_a_bare_prompt():
+    check_bare(Prompt("{% for item in history %}{{ item.semantic_id }}{% endfor %}"))
+    with pytest.raises(PromptError, match="--tasks next_item"):
+        check_bare(Prompt("Bought {% for item in history %}{{ item.semantic_id }}{% endfor %}"))
 
 
 def test_next_item_rows_show_the_events_and_variables_of_their_history():

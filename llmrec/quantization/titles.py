@@ -42,12 +42,8 @@ class TitleCodes:
     The vocabulary are the n-grams of most titles, of equals the first in code point order. It has at most N - 1
     n-grams, so that no level has more codes than the catalog has items; a warning says so.
 
-    Plain titles, spelt with the language model's own tokens, do not fit (N, L), and are left out. Their lengths
-    differ: padded to the longest title, most tokens would be padding, and a level's codebook would be the whole
-    vocabulary of the model, given to it a second time as new tokens, without what it knows of them. It takes what
-    `Catalog` does not have: a ragged list of existing token ids per item, an end token (one title may begin
-    another), a number after it for equal titles, and a trie of leaves at unequal depths with a beam search that
-    normalises by length.
+    Plain titles, spelt with the language model's own tokens, do not fit (N, L): their lengths differ, and a level's
+    codebook would be the whole vocabulary, given to the model a second time. `llmrec.title_spelling` spells them.
 
     Attributes:
         num_levels: L.
