@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 compile() { # compile LANE [uv options]
     local lane=$1
     shift
-    uv pip compile pyproject.toml --extra "$lane" --extra offline --group dev --universal --python-version 3.11 \
+    uv pip compile pyproject.toml --extra "$lane" --extra offline --extra demo --extra redis --group dev --universal --python-version 3.11 \
         --generate-hashes --no-emit-package torch --no-header --no-annotate --quiet "$@" -o ".ci/locks/$lane.txt"
 }
 work=$(mktemp -d)
