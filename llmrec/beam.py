@@ -1,136 +1,37 @@
-"""Constrained beam search over a CatalogTrie, in plain torch.
+"""Constrained beam search over a catalog's trie, in plain torch.
 
 It knows neither transformers nor vLLM: a `step` function turns the beams' newest tokens into logits, and both back
 ends (`llmrec.decoding`, `llmrec.engine`) supply their own. Each level keeps the best W of *all* legal continuations,
-so the search is exact beam search, and exhaustive once W reaches the number of items.
+so the search is exact beam search, and exhaustive once W reaches the number of leaves.
 
 Where items are ragged (titles), the places behind an item's end hold the token id -1, "nothing", which follows with
 probability 1. A finished item so keeps its score, and competes with the unfinished ones for its place in the beam.
+The nodes that tell items of one code apart are such places too: these items have one score, and the lower row first.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from llmrec.exceptions import CatalogError
-from llmrec.trie import CatalogTrie, child_of
+from llmrec.exceptions import RequestError
+from llmrec.selection import (
+    Draw,
+    PrefixCap,
+    best_in_order,
+    beyond_cap,
+    gumbel,
+    keys_of_children,
+    perturbed,
+    seeded,
+    seeds_of,
+    tempered,
+)
+from llmrec.trie_tensors import Rows, TrieTensors
 
-if TYPE_CHECKING:
-    from typing import Self
-
-    from llmrec.catalog import Catalog, Softmax
+__all__ = ["Beams", "Draw", "PrefixCap", "Step", "TrieTensors", "beam_search", "normalizer"]
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-class TrieTensors:
-    """A CatalogTrie and its token ids as torch tensors on one device; made once, used by every search.
-
-    Attributes, per level, int32 as in the trie:
-        start[l]: (n_{l-1} + 1,) the children of node `p` of the level above: start[l][p] to start[l][p + 1].
-        token[l]: (n_l,) the token id on the edge into each node, -1 behind an item's end.
-    Attribute of the leaves:
-        item_of_leaf: (N,) int32 catalog rows.
-    Attributes of the tokens:
-        vocabulary: (n,) int64 ascending token ids that probabilities are normalised over; None for all.
-        ragged: whether items differ in length.
-    """
-
-    def __init__(
-        self,
-        trie: CatalogTrie,
-        token_ids: Sequence[npt.NDArray[np.int64]],
-        device: torch.device | str = "cpu",
-        vocabulary: npt.NDArray[np.int64] | None = None,
-    ) -> None:
-        """Raises CatalogError if a token of an item is not in `vocabulary`, so that it could have no probability."""
-        self.trie = trie
-        self.device = torch.device(device)
-        self.start = [torch.from_numpy(level).to(self.device) for level in trie.start]
-        self.token = [
-            torch.from_numpy(token_ids[level][codes].astype(np.int32)).to(self.device)
-            for level, codes in enumerate(trie.code)
-        ]
-        self.item_of_leaf = torch.from_numpy(trie.item_of_leaf).to(self.device)
-        # Asked of the host's arrays, so that nothing is read back from the device.
-        self.ragged = any(bool((ids[codes] < 0).any()) for ids, codes in zip(token_ids, trie.code, strict=True))
-        self.vocabulary: torch.Tensor | None = None
-        if vocabulary is not None:
-            used = np.unique(np.concatenate([token_ids[level][codes] for level, codes in enumerate(trie.code)]))
-            if strange := np.setdiff1d(used[used >= 0], vocabulary).tolist():
-                raise CatalogError(
-                    f"{len(strange)} token(s) of items are outside the softmax range, {strange[0]} first. "
-                    "Give the range that the model was trained with."
-                )
-            self.vocabulary = torch.from_numpy(np.unique(vocabulary)).to(self.device)
-
-    @classmethod
-    def of(cls, catalog: "Catalog", softmax: "Softmax" = "vocabulary", device: torch.device | str = "cpu") -> "Self":
-        """Those of a catalog with token ids, whose model was trained with this softmax range.
-
-        Raises:
-            CatalogError: if the catalog has no token ids yet, or there is no such range for its items.
-        """
-        return cls(catalog.trie, catalog.require_tokens(), device, catalog.softmax_tokens(softmax))
-
-    @cached_property
-    def code(self) -> list[torch.Tensor]:
-        """Per level (n_l,) the codes on the edges, uint8 or int32; made when asked, for a beam search needs none."""
-        wide = [code if code.dtype == np.uint8 else code.astype(np.int32, copy=False) for code in self.trie.code]
-        return [torch.from_numpy(code).to(self.device) for code in wide]
-
-    def nodes(self, prefixes: torch.Tensor) -> torch.Tensor:
-        """`CatalogTrie.nodes` on this device: (B, l) codes -> (B,) int64 nodes, -1 where no item begins so.
-
-        The operations depend on the trie and on l, not on values, and nothing is read back from the device.
-
-        Raises:
-            CatalogError: if prefixes are not a matrix of integers with at most L columns.
-        """
-        if prefixes.dim() != 2 or prefixes.shape[1] > self.trie.num_levels or prefixes.is_floating_point():
-            raise CatalogError(
-                f"Prefixes are {prefixes.dtype} of shape {tuple(prefixes.shape)}. "
-                f"Give integers (batch, levels) with at most {self.trie.num_levels} levels."
-            )
-        node = torch.zeros(len(prefixes), dtype=torch.long, device=self.device)
-        found = torch.ones(len(prefixes), dtype=torch.bool, device=self.device)
-        for level in range(prefixes.shape[1]):
-            wanted = prefixes[:, level].long()
-            node, here = child_of(self.trie, level, self.code[level], self.start[level], node, wanted)
-            found &= here
-        return torch.where(found, node, -1)
-
-    def allowed(self, prefixes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The codes that may follow each of B prefixes (B, l) of one length l < L, without a look back as in `nodes`.
-
-        Returns:
-            codes (B, C), int64, and legal (B, C): codes[i][legal[i]] may follow prefix `i`, ascending, and stand to
-            the left; the rest of the row repeats one code. C is the greatest number of children in level l.
-
-        Raises:
-            CatalogError: as in `nodes`, and if prefixes are whole codes, which nothing follows.
-        """
-        node = self.nodes(prefixes)
-        level = prefixes.shape[1]
-        if level == self.trie.num_levels:
-            raise CatalogError(f"Prefixes have all {level} levels, which nothing follows. Give shorter ones.")
-        start = self.start[level]
-        begin = start[node]
-        width = start[node + 1] - begin  # -1 is a place too, the last: negative
-        offset = torch.arange(self.trie.fan_out[level], device=self.device)
-        legal = offset < width.unsqueeze(1)
-        child = begin.unsqueeze(1) + offset.where(legal, 0)
-        # The place -1 is past the last node.
-        return self.code[level][child.clamp(max=len(self.code[level]) - 1)].long(), legal
-
-    def dead_keys(self, excluded: Sequence[npt.NDArray[np.integer]]) -> list[torch.Tensor]:
-        """`CatalogTrie.dead_nodes` on this device."""
-        return [torch.from_numpy(keys).to(self.device) for keys in self.trie.dead_nodes(excluded)]
 
 
 @dataclass(frozen=True)
@@ -140,97 +41,315 @@ class Beams:
     Attributes:
         items: (B, W) catalog rows.
         scores: (B, W) sums of log-probabilities, in the logits' dtype (at least float32).
+        levels: (B, W, L) the log-probability of each level's token, under the same normalisation; 0 behind an item's
+            end and where there is no item. They add up to the score.
     """
 
     items: torch.Tensor
     scores: torch.Tensor
+    levels: torch.Tensor
 
 
 def beam_search(
     logits: torch.Tensor,
     step: Step,
-    trie: TrieTensors,
-    num_beams: int,
-    excluded: Sequence[npt.NDArray[np.integer]] | None = None,
-    renormalize: bool = False,
+    trie: TrieTensors | Sequence[TrieTensors],
+    num_beams: int | Sequence[int],
+    excluded: Sequence[Rows] | None = None,
+    renormalize: bool | Sequence[bool] = False,
+    caps: Sequence[PrefixCap | None] | None = None,
+    draws: Sequence[Draw | None] | None = None,
 ) -> Beams:
     """The best items under an autoregressive model, every step constrained to the catalog.
 
     A beam's score is the sum over levels of log P(token | prompt, tokens so far), with P over the full vocabulary, or
     over the trie's `vocabulary` where it has one, or over the legal children alone if `renormalize` (those in the
-    catalog, and not all excluded). The sum runs over an item's own tokens and is not divided by their number: it is
-    the logarithm of the item's probability. Equal scores are ordered by code, lexicographically: the order of the
-    trie's nodes. Nodes whose items are all excluded are never entered, so a search returns min(W, legal items) items.
+    request's trie, and not all excluded). The sum runs over an item's own tokens and is not divided by their number:
+    it is the logarithm of the item's probability. Equal scores are ordered by code, lexicographically: the order of
+    the trie's nodes. Nodes whose items are all excluded are never entered, so a search returns min(W, legal items)
+    items, unless a cap holds some back. An item with several codes has the score of its best one and is returned once:
+    the search keeps W codes, so it may then return fewer than W items, and is exhaustive once W reaches the number of
+    codes.
+
+    Requests of one trie (the same object), width and kind of options are selected together; all share each `step`.
 
     Args:
         logits: (B, V) for the first code of every request.
         step: (tokens (B, W'), parents (B, W')) -> logits (B, W', V). `parents` are the beams of the step before that
-            each new beam continues (all 0 after the prompt). It is called L - 1 times, or until all items are
-            finished; where fewer than W beams live, the dead ones repeat a legal token, finished ones are given token
-            0, and the results of both are ignored.
-        trie: the catalog.
-        num_beams: W, at least 1.
+            each new beam continues (all 0 after the prompt). It is called at most once for every level with tokens
+            but the first, and no more once all items are finished; where fewer than W' beams live, the dead ones
+            repeat a legal token or are given token 0, finished ones are given token 0, and the results of both are
+            ignored.
+        trie: the catalog's, or one per request: that of a part of the catalog, or of another catalog. A request whose
+            trie has no items finds none.
+        num_beams: W, at least 1, or one per request; results are as wide as the widest.
         excluded: for each request the catalog rows that it may not return.
-        renormalize: scores over legal continuations instead of the vocabulary.
+        renormalize: scores over legal continuations instead of the vocabulary; for all or per request.
+        caps: for each request a cap on items that begin alike, or None.
+        draws: for each request how items are drawn in the place of the best being found, or None. Drawn items come in
+            the order of the draw, and their scores are what they are without one.
+
+    Raises:
+        RequestError: if W is below 1, options do not come one per request, or a cap has more levels than the trie.
     """
+    groups = _groups(logits, trie, num_beams, excluded, renormalize, caps, draws)
     batch = logits.shape[0]
-    dead = trie.dead_keys(excluded) if excluded is not None else None
-    node = torch.zeros((batch, 1), dtype=torch.long, device=logits.device)
-    score = torch.zeros((batch, 1), dtype=_score_dtype(logits), device=logits.device)
     logits = logits.unsqueeze(1)  # (B, 1, V)
-    for level in range(trie.trie.num_levels):
-        begin = trie.start[level][node]  # (B, W')
-        width = trie.start[level][node + 1] - begin
-        fan_out = int(width.max())
-        offset = torch.arange(fan_out, device=logits.device)
-        legal = offset < width.unsqueeze(-1)  # (B, W', C); a dead beam's children inherit its score of -inf
-        child = torch.where(legal, begin.unsqueeze(-1) + offset, begin.unsqueeze(-1))
-        if dead is not None and dead[level].numel():
-            rows = torch.arange(batch, device=logits.device).view(-1, 1, 1)
-            legal &= ~_contains(dead[level], rows * len(trie.token[level]) + child)
-        token = trie.token[level][child].long()
-        candidate = score.unsqueeze(-1) + _log_probabilities(logits, token, legal, renormalize, trie.vocabulary)
-        # NaN compares with nothing; as -inf it is an item that was not found, which callers notice.
-        candidate = candidate.masked_fill(~legal | candidate.isnan(), -torch.inf).flatten(1)  # (B, W'·C)
-        best = _best_in_order(candidate, min(num_beams, candidate.shape[1]))
-        score = candidate.gather(1, best)
-        node = child.flatten(1).gather(1, best)
-        if level + 1 < trie.trie.num_levels:
-            if trie.ragged and _all_finished(trie, level, node, score):
-                for below in range(level + 1, trie.trie.num_levels):
-                    node = trie.start[below][node].long()
-                break
-            logits = step(trie.token[level][node].long().clamp(min=0), best // fan_out)
-    score, order = score.sort(dim=1, descending=True, stable=True)
-    items = trie.item_of_leaf[node.gather(1, order)].long().masked_fill(~torch.isfinite(score), -1)
-    return Beams(items, score)
-
-
-def _best_in_order(candidate: torch.Tensor, width: int) -> torch.Tensor:
-    """(B, width) places of the `width` greatest entries of each row (B, n), places ascending; ties go to the left.
-
-    Beams are kept in the order of their nodes, so candidates lie in the order of theirs and left means lower code.
-    A stable sort of all candidates would say the same with more work; `topk` alone leaves the order of ties open.
-    """
-    threshold = candidate.topk(width, dim=1).values[:, -1:]
-    above, tied = candidate > threshold, candidate == threshold
-    keep = above | (tied & (tied.cumsum(1) <= width - above.sum(1, keepdim=True)))
-    return keep.nonzero()[:, 1].view(-1, width)
-
-
-def _all_finished(trie: TrieTensors, level: int, node: torch.Tensor, score: torch.Tensor) -> bool:
-    """Whether nothing but "nothing" follows the nodes (B, W) of `level`, those of dead beams left aside."""
-    follows = trie.token[level + 1][trie.start[level + 1][node]]
-    return bool(((follows < 0) | torch.isinf(score)).all())
-
-
-def _score_dtype(logits: torch.Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+    waiting = [group for group in groups if group.trie.num_leaves]
+    while waiting:
+        for group in waiting:
+            group.descend(logits)
+        waiting = [group for group in waiting if not group.finished]
+        if waiting:
+            logits = step(*_together(waiting, batch))
+    return _gathered(groups, batch)
 
 
 def normalizer(logits: torch.Tensor, vocabulary: torch.Tensor | None) -> torch.Tensor:
     """(…, 1) the logarithm of the sum that logits (…, V) are normalised by, over `vocabulary` or over all tokens."""
     return (logits if vocabulary is None else logits[..., vocabulary]).logsumexp(-1, keepdim=True)
+
+
+class _Group:
+    """Requests that are selected together: one trie, one width, options of one kind.
+
+    Attributes:
+        places: where its requests stand in the batch, as a slice if they stand side by side.
+        node: (b, w) the beams' nodes, ascending.
+        tokens, parents: (b, w) of the newest beams, for the next step.
+        finished: whether no more logits are needed.
+    """
+
+    def __init__(
+        self,
+        places: list[int],
+        trie: TrieTensors,
+        num_beams: int,
+        renormalize: bool,
+        caps: list[PrefixCap],
+        draws: list[Draw],
+        excluded: list[Rows] | None,
+        logits: torch.Tensor,
+    ) -> None:
+        device, batch = logits.device, len(places)
+        side_by_side = places == list(range(places[0], places[0] + batch))
+        self.places = slice(places[0], places[0] + batch) if side_by_side else torch.tensor(places, device=device)
+        self.trie, self.num_beams, self.renormalize, self.batch = trie, num_beams, renormalize, batch
+        self.dead = trie.dead_children(excluded) if excluded is not None and any(map(len, excluded)) else None
+        self.node = torch.zeros((batch, 1), dtype=torch.long, device=device)
+        self.score = torch.zeros((batch, 1), dtype=_score_dtype(logits), device=device)
+        self.tokens = self.parents = self.node
+        self.caps = bool(caps)
+        if caps:
+            self.cap_levels = torch.tensor([cap.levels for cap in caps], device=device).view(-1, 1)
+            self.most = torch.tensor([cap.most for cap in caps], device=device).view(-1, 1)
+            self.branch = self.node
+        self.draws = bool(draws)
+        if draws:
+            self.temperature = torch.tensor([draw.temperature for draw in draws], dtype=torch.float64, device=device)
+            self.key = seeded(seeds_of(draws, device)).unsqueeze(1)
+            self.drawn = self.rank = torch.zeros((batch, 1), dtype=torch.float64, device=device)
+        self.level = 0
+        self.finished = not trie.num_leaves
+        # Per level gone through: its number, and (b, w) log-probability and parent of the beams.
+        self.past: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+
+    def descend(self, logits: torch.Tensor) -> None:
+        """Goes down a level with the whole batch's logits (B, W', V), and through those that need none."""
+        self._select(logits[self.places, : self.node.shape[1]])
+        while self.level < self.trie.num_levels and not self._needs_logits():
+            if self.trie.shared or self.draws:
+                self._select(None)
+            else:  # nothing but "nothing" follows, once
+                self.node = self.trie.start[self.level][self.node].long()
+                self.level += 1
+        self.finished = self.level == self.trie.num_levels
+        if not self.finished:
+            self.tokens = self.trie.token[self.level - 1][self.node].long().clamp(min=0)
+
+    def _needs_logits(self) -> bool:
+        """Whether a token follows one of the beams, dead ones left aside."""
+        trie = self.trie
+        if self.level >= trie.token_levels:
+            return False
+        if not trie.ragged:
+            return True
+        follows = trie.token[self.level][trie.start[self.level][self.node]]
+        return not bool(((follows < 0) | torch.isinf(self.score)).all())
+
+    def _select(self, logits: torch.Tensor | None) -> None:
+        """Keeps the best children of the beams; without logits (b, w, V) where only "nothing" follows."""
+        trie, level = self.trie, self.level
+        begin = trie.start[level][self.node]  # (b, w)
+        width = trie.start[level][self.node + 1] - begin
+        fan_out = int(width.max())
+        offset = torch.arange(fan_out, device=begin.device)
+        legal = offset < width.unsqueeze(-1)  # (b, w, C); a dead beam's children inherit its score of -inf
+        child = torch.where(legal, begin.unsqueeze(-1) + offset, begin.unsqueeze(-1))
+        if self.dead is not None and len(self.dead[level][0]):
+            legal &= self._alive(*self.dead[level], fan_out)
+        token = trie.token[level][child].long()
+        if logits is None:
+            found = torch.zeros(token.shape, dtype=self.score.dtype, device=token.device)
+        else:
+            found = _log_probabilities(logits, token, legal, self.renormalize, trie.vocabulary)
+        # NaN compares with nothing; as -inf it is an item that was not found, which callers notice.
+        candidate = (self.score.unsqueeze(-1) + found).masked_fill(~legal | found.isnan(), -torch.inf)
+        rank = candidate
+        if self.draws:
+            rank = self._perturbed(found.masked_fill(~legal | candidate.isinf(), -torch.inf), child)
+        rank, flat = rank.flatten(1), child.flatten(1)  # (b, w·C)
+        if self.caps:
+            rank = self._capped(rank, flat, fan_out)
+        best = best_in_order(rank, min(self.num_beams, rank.shape[1]))
+        self.parents = best // fan_out
+        self.score = candidate.flatten(1).gather(1, best)
+        if self.caps or self.draws:
+            self._remember(rank, best)
+        self.past.append((level, found.flatten(1).gather(1, best), self.parents))
+        self.node = flat.gather(1, best)
+        self.level += 1
+
+    def _alive(self, parents: torch.Tensor, places: torch.Tensor, fan_out: int) -> torch.Tensor:
+        """(b, w, C) which children are not those of `TrieTensors.dead_children`; work for these, not for all."""
+        above = len(self.trie.token[self.level - 1]) if self.level else 1
+        rows = torch.arange(self.batch, device=parents.device).unsqueeze(1)
+        # Dead beams repeat nodes, out of order; of equal ones the first may live.
+        beams, order = (rows * above + self.node).flatten().sort(stable=True)
+        place = torch.searchsorted(beams, parents).clamp_(max=len(beams) - 1)
+        alive = torch.ones(len(beams) * fan_out + 1, dtype=torch.bool, device=parents.device)
+        alive[torch.where(beams[place] == parents, order[place] * fan_out + places, len(beams) * fan_out)] = False
+        return alive[:-1].view(*self.node.shape, fan_out)
+
+    def _perturbed(self, found: torch.Tensor, child: torch.Tensor) -> torch.Tensor:
+        """(b, w, C) what children are drawn by, of log-probabilities `found`, -inf for what is not legal."""
+        self._child_key = keys_of_children(self.key, self.trie.code[self.level][child].long())
+        self._child_drawn = self.drawn.unsqueeze(-1) + tempered(found, self.temperature)
+        return perturbed(self._child_drawn, gumbel(self._child_key), self.rank)
+
+    def _capped(self, rank: torch.Tensor, child: torch.Tensor, fan_out: int) -> torch.Tensor:
+        """`rank` (b, w·C) with -inf for what is too many of its branch."""
+        inherited = self.branch.repeat_interleave(fan_out, dim=1)
+        self._child_branch = torch.where(self.cap_levels <= self.level, inherited, child)
+        beyond = beyond_cap(rank, self._child_branch, self.most) & (self.cap_levels <= self.level)
+        return rank.masked_fill(beyond, -torch.inf)
+
+    def _remember(self, rank: torch.Tensor, best: torch.Tensor) -> None:
+        """Takes over what the kept beams bear beside their score."""
+        kept = rank.gather(1, best)
+        self.score = self.score.masked_fill(torch.isinf(kept), -torch.inf)
+        if self.caps:
+            self.branch = self._child_branch.gather(1, best)
+        if self.draws:
+            self.rank = kept
+            self.key = self._child_key.flatten(1).gather(1, best)
+            self.drawn = self._child_drawn.flatten(1).gather(1, best)
+
+    def results(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Items (b, w), scores (b, w) and levels (b, w, L), in the order of the result."""
+        order = (self.rank if self.draws else self.score).sort(dim=1, descending=True, stable=True).indices
+        score = self.score.gather(1, order)
+        items = self.trie.item_of_leaf[self.node.gather(1, order)].long().masked_fill(~torch.isfinite(score), -1)
+        levels = torch.zeros((*order.shape, self.trie.num_levels), dtype=score.dtype, device=score.device)
+        beam = order
+        for level, found, parents in reversed(self.past):
+            levels[:, :, level] = found.gather(1, beam)
+            beam = parents.gather(1, beam)
+        if self.trie.several:  # an item's best code comes first; the others make place
+            again = ((items.unsqueeze(2) == items.unsqueeze(1)).tril(-1)).any(2)
+            again, order = again.sort(dim=1, stable=True)
+            items = items.gather(1, order).masked_fill(again, -1)
+            score = score.gather(1, order).masked_fill(again, -torch.inf)
+            levels = levels.gather(1, order.unsqueeze(-1).expand_as(levels))
+        return items, score, levels.masked_fill((items < 0).unsqueeze(-1), 0.0)
+
+
+def _groups(
+    logits: torch.Tensor,
+    trie: TrieTensors | Sequence[TrieTensors],
+    num_beams: int | Sequence[int],
+    excluded: Sequence[Rows] | None,
+    renormalize: bool | Sequence[bool],
+    caps: Sequence[PrefixCap | None] | None,
+    draws: Sequence[Draw | None] | None,
+) -> list[_Group]:
+    """The batch's requests by what they can be selected with."""
+    batch = len(logits)
+    tries = _each("tries", trie, batch)
+    widths = _each("widths", num_beams, batch)
+    over_legal = _each("renormalize", renormalize, batch)
+    caps = _each("caps", caps, batch)
+    draws = _each("draws", draws, batch)
+    gone = _each("excluded", excluded, batch)
+    if any(width < 1 for width in widths):
+        raise RequestError(f"num_beams is {min(widths)}. Search with at least one beam.")
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for place, one in enumerate(tries):
+        cap, draw = caps[place], draws[place]
+        if cap is not None and cap.levels > one.num_levels:
+            raise RequestError(
+                f"A cap on the first {cap.levels} levels does not fit items of {one.num_levels}. Give fewer levels."
+            )
+        kind = (id(one), widths[place], bool(over_legal[place]), cap is not None, draw is not None)
+        alike.setdefault(kind, []).append(place)
+    return [
+        _Group(
+            places,
+            tries[places[0]],
+            widths[places[0]],
+            bool(over_legal[places[0]]),
+            [cap for place in places if (cap := caps[place]) is not None],
+            [draw for place in places if (draw := draws[place]) is not None],
+            None if excluded is None else [gone[place] for place in places],
+            logits,
+        )
+        for places in alike.values()
+    ]
+
+
+def _each(name: str, given: object, batch: int) -> list:  # type: ignore[type-arg]
+    """One per request, of one for all or a sequence."""
+    if not isinstance(given, Sequence):
+        return [given] * batch
+    if len(given) != batch:
+        raise RequestError(f"{len(given)} {name} do not fit {batch} requests. Give one per request.")
+    return list(given)
+
+
+def _together(groups: list[_Group], batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and parents (B, W') of all groups; what is not theirs is a dead beam: token 0 behind beam 0."""
+    if len(groups) == 1 and groups[0].batch == batch:
+        return groups[0].tokens, groups[0].parents
+    width = max(group.tokens.shape[1] for group in groups)
+    tokens, parents = torch.zeros((2, batch, width), dtype=torch.long, device=groups[0].tokens.device)
+    for group in groups:
+        tokens[group.places, : group.tokens.shape[1]] = group.tokens
+        parents[group.places, : group.tokens.shape[1]] = group.parents
+    return tokens, parents
+
+
+def _gathered(groups: list[_Group], batch: int) -> Beams:
+    """The groups' results, as wide as the widest, in the order of the requests."""
+    found = [group.results() if group.past else None for group in groups]
+    if len(groups) == 1 and found[0] is not None:
+        return Beams(*found[0])
+    there = [one for one in found if one is not None]
+    width = max((one[0].shape[1] for one in there), default=1)
+    depth = max(group.trie.num_levels for group in groups)
+    device, dtype = groups[0].node.device, groups[0].score.dtype
+    items = torch.full((batch, width), -1, dtype=torch.long, device=device)
+    scores = torch.full((batch, width), -torch.inf, dtype=dtype, device=device)
+    levels = torch.zeros((batch, width, depth), dtype=dtype, device=device)
+    for group, one in zip(groups, found, strict=True):
+        if one is not None:
+            items[group.places, : one[0].shape[1]] = one[0]
+            scores[group.places, : one[0].shape[1]] = one[1]
+            levels[group.places, : one[0].shape[1], : one[2].shape[2]] = one[2]
+    return Beams(items, scores, levels)
+
+
+def _score_dtype(logits: torch.Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _log_probabilities(
@@ -251,9 +370,3 @@ def _log_probabilities(
     else:
         found = chosen - normalizer(logits, vocabulary)
     return found.masked_fill(tokens < 0, 0.0)
-
-
-def _contains(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Which of `values` occur in the ascending `keys` (at least one)."""
-    place = torch.searchsorted(keys, values).clamp_(max=len(keys) - 1)
-    return keys[place] == values

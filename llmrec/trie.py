@@ -14,15 +14,15 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from llmrec.exceptions import ArtefactError, CatalogError
+from llmrec.exceptions import CatalogError
 from llmrec.storage import atomic_path
+from llmrec.trie_file import DTYPES, mapped_arrays
 
 Codes = npt.NDArray[np.integer[Any]]
 IntArray = npt.NDArray[np.int64]
@@ -32,7 +32,6 @@ FORMAT = "llmrec.trie.1"
 _MEASURES = ("sizes", "fan_out", "probes")
 _LIMIT = 2**31 - 1  # items, and codes of one level: both counts are int32
 _CHUNK = 1 << 18  # rows packed at a time, so that what is between two steps stays in the cache
-_DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype("u1"), "U16": np.dtype("<u2"), "I32": np.dtype("<i4")}
 
 
 class CatalogTrie:
@@ -47,6 +46,7 @@ class CatalogTrie:
         probes[l]: how often a search for one child has to halve its range, see `child_of`.
         item_of_leaf: (M,) int32, the catalog row of each of the M leaves; M = N unless rows were left out.
         leaf_of_item: (N,) int32, its inverse; -1 for a row that was left out.
+        shared: whether the last level is one more than the codes have, and tells items of one code apart.
 
     >>> trie = CatalogTrie(np.array([[1, 0], [0, 2], [1, 3]]))
     >>> trie.num_levels, [level.tolist() for level in trie.code], trie.item_of_leaf.tolist()
@@ -55,15 +55,18 @@ class CatalogTrie:
     [0, 3]
     """
 
-    def __init__(self, codes: Codes, live: npt.NDArray[np.bool_] | None = None) -> None:
+    def __init__(self, codes: Codes, live: npt.NDArray[np.bool_] | None = None, shared: bool = False) -> None:
         """Builds the trie of `codes` (N, L), integers of any kind, which are read in place: they may be mapped.
 
         Args:
             codes: a row per item of the catalog.
             live: (N,) which rows have a leaf; default all. Others cannot be found, and leaves still name catalog rows.
+            shared: whether rows may be equal. The trie then has a level L + 1 below the codes, whether rows are equal
+                or not: items of one code are its nodes there, 0, 1, ... in the order of their rows.
 
         Raises:
-            CatalogError: if there is no item, a code is not an integer from 0 to 2^31 - 2, or two rows are equal.
+            CatalogError: if there is no item, a code is not an integer from 0 to 2^31 - 2, or two rows are equal and
+                may not be.
         """
         codes = np.asarray(codes)
         rows: Places | None = None
@@ -99,11 +102,19 @@ class CatalogTrie:
             self.start.append(np.append(np.flatnonzero(above[new]), len(self.code[-1])).astype(np.int32))
             above = new
         self.item_of_leaf: Places = order if rows is None else rows[order]
-        if len(self.code[-1]) != num_items:
+        self.shared = shared
+        if shared:
+            first = np.flatnonzero(above)
+            alike = np.diff(np.append(first, num_items))
+            self.sizes.append(int(alike.max()))
+            place = np.arange(num_items) - np.repeat(first, alike)
+            self.code.append(place.astype(_narrowest(self.sizes[-1])))
+            self.start.append(np.append(first, num_items).astype(np.int32))
+        elif len(self.code[-1]) != num_items:
             twin = int(above.argmin())
-            first, second = self.item_of_leaf[twin - 1 : twin + 1]
+            one, other = self.item_of_leaf[twin - 1 : twin + 1]
             raise CatalogError(
-                f"Items of rows {first} and {second} share the code {codes[order[twin]].tolist()}. "
+                f"Items of rows {one} and {other} share the code {codes[order[twin]].tolist()}. "
                 "Resolve collisions first: a leaf of the trie is one item."
             )
         self.leaf_of_item: Places = np.full(num_items if rows is None else whole, -1, dtype=np.int32)
@@ -214,8 +225,8 @@ class CatalogTrie:
 
         `version` says whose codes these are (`Catalog.version`), for `load` to compare.
         """
-        measures = json.dumps({name: getattr(self, name) for name in _MEASURES})
-        described = {"format": FORMAT, "version": version, "measures": measures}
+        measures = {name: getattr(self, name) for name in _MEASURES} | ({"shared": True} if self.shared else {})
+        described = {"format": FORMAT, "version": version, "measures": json.dumps(measures)}
         with atomic_path(path) as temporary:
             save_file(self._arrays(), temporary, metadata=described)
 
@@ -230,37 +241,15 @@ class CatalogTrie:
             ArtefactError: if the file is missing, torn, not a trie's, or of another version. Shapes, types and the
                 ends of the arrays are checked, their inside is not.
         """
-        try:
-            with safe_open(path, framework="np"), open(path, "rb") as file:  # checks header and length of the file
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
-            described = header.pop("__metadata__", {})
-            if described.get("format") != FORMAT:
-                raise ArtefactError(
-                    f"{path} is no trie (format {described.get('format')!r}). Build it again from the catalog."
-                )
-            if version is not None and described.get("version") != version:
-                raise ArtefactError(
-                    f"{path} is the trie of version {described.get('version')!r}, not of {version!r}. "
-                    "Build it again from the catalog."
-                )
-            # Copy on write: torch wants arrays that it may write to, and the file stays as it is in any case.
-            whole: npt.NDArray[Any] = np.asarray(np.memmap(path, dtype=np.uint8, mode="c"))
-            arrays = {}
-            for name, tensor in header.items():
-                begin, end = (8 + length + place for place in tensor["data_offsets"])
-                arrays[name] = whole[begin:end].view(_DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
-            return cls._from_arrays(arrays, json.loads(described["measures"]))
-        except ArtefactError:
-            raise
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise ArtefactError(f"{path} holds no whole trie ({error}). Build it again from the catalog.") from error
+        with mapped_arrays(path, FORMAT, version) as (arrays, measures):
+            return cls._from_arrays(arrays, measures)
 
     @classmethod
-    def _from_arrays(cls, arrays: dict[str, Any], measures: dict[str, list[int]]) -> Self:
+    def _from_arrays(cls, arrays: dict[str, Any], measures: dict[str, Any]) -> Self:
         """The trie of arrays by name; raises ValueError or KeyError if they cannot be one."""
         trie = cls.__new__(cls)
         trie.sizes, trie.fan_out, trie.probes = ([int(n) for n in measures[name]] for name in _MEASURES)
+        trie.shared = bool(measures.get("shared", False))
         trie.code = [arrays[f"code.{level}"] for level in range(len(trie.sizes))]
         trie.start = [arrays[f"start.{level}"] for level in range(len(trie.sizes))]
         trie.item_of_leaf, trie.leaf_of_item = arrays["item_of_leaf"], arrays["leaf_of_item"]
@@ -268,10 +257,10 @@ class CatalogTrie:
         if trie.leaf_of_item.ndim != 1 or len(trie.leaf_of_item) < nodes[-1]:
             raise ValueError("it has more leaves than items")
         rows = {"item_of_leaf": nodes[-1], "leaf_of_item": len(trie.leaf_of_item)}
-        expected = {name: (_DTYPES["I32"], (size,)) for name, size in rows.items()}
+        expected = {name: (DTYPES["I32"], (size,)) for name, size in rows.items()}
         for level, size in enumerate(trie.sizes):
             expected[f"code.{level}"] = (_narrowest(size), (nodes[level + 1],))
-            expected[f"start.{level}"] = (_DTYPES["I32"], (nodes[level] + 1,))
+            expected[f"start.{level}"] = (DTYPES["I32"], (nodes[level] + 1,))
         described = len(trie.sizes) == len(trie.fan_out) == len(trie.probes) > 0
         if not described or {name: (array.dtype, array.shape) for name, array in arrays.items()} != expected:
             raise ValueError("its arrays do not fit together")
@@ -295,7 +284,16 @@ class CatalogTrie:
         return prefixes.astype(np.int64, copy=False)
 
 
-def child_of(trie: CatalogTrie, level: int, code: Any, start: Any, node: Any, wanted: Any) -> tuple[Any, Any]:
+class Measured(Protocol):
+    """A trie, as far as `child_of` knows it."""
+
+    sizes: list[int]
+
+    @property
+    def probes(self) -> list[int]: ...
+
+
+def child_of(trie: Measured, level: int, code: Any, start: Any, node: Any, wanted: Any) -> tuple[Any, Any]:
     """The child of each node whose edge bears the wanted code, for numpy arrays and torch tensors alike.
 
     A node's w children bear different codes below K, ascending. So the child of code c lies at place c at most (that
@@ -329,7 +327,7 @@ def child_of(trie: CatalogTrie, level: int, code: Any, start: Any, node: Any, wa
 
 def _narrowest(size: int) -> np.dtype[Any]:
     """The type of codes below `size`."""
-    return _DTYPES["U8" if size <= 2**8 else "U16" if size <= 2**16 else "I32"]
+    return DTYPES["U8" if size <= 2**8 else "U16" if size <= 2**16 else "I32"]
 
 
 def _lexicographic(codes: Codes, bits: Sequence[int]) -> Places:
