@@ -49,6 +49,34 @@ class UnknownItemError(RequestError):
         self.item_ids = item_ids
 
 
+class FilterError(RequestError):
+    """A filter names an attribute that items do not have, or leaves fewer items than were asked for."""
+
+
+class UnknownCatalogError(RequestError):
+    """A server has no catalog of that name, or the catalog no such version."""
+
+
+class BusyError(LLMRecError, RuntimeError):
+    """A server has as much work as it takes, or is being stopped; `retry_after` says when to ask again, in seconds."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineError(LLMRecError, TimeoutError):
+    """A request's deadline passed before its answer was there."""
+
+
+class ServerError(LLMRecError, RuntimeError):
+    """A server answered a client of llmrec's with an error; `status` is its HTTP status, 0 where it did not answer."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class EngineError(LLMRecError, RuntimeError):
     """vLLM cannot run this model's beam search, or its internals are not the ones llmrec was built for."""
 

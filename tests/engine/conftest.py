@@ -65,7 +65,7 @@ def recommender_of(model_type: str) -> Recommender:
 
 @pytest.fixture(scope="session")
 def llama_server(tmp_path_factory):
-    yield from serve(tmp_path_factory.mktemp("llama"), recommender_of("llama"), max_beams=600)
+    yield from serve(tmp_path_factory.mktemp("llama"), recommender_of("llama"))
 
 
 @pytest.fixture(scope="session")

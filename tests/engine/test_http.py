@@ -1,156 +1,260 @@
-"""The HTTP side on its own: what a request says reaches the prompt as in transformers; the engine is played by it."""
+"""The plugin on vLLM's own application: what stays of its routes, who may use them, and that the service answers."""
 
 import asyncio
-import math
-from dataclasses import replace
+import json
+import os
+import re
+import socket
+import threading
+import time
 from types import SimpleNamespace
 
-import numpy as np
+import httpx
 import pytest
+import uvicorn
 from factories import random_recommender
-from fastapi import FastAPI
-from fastapi.testclient import TestClient
+from prometheus_client import CollectorRegistry
 
-from llmrec import Recommender
-from llmrec.engine.http import Endpoint, _router
-from llmrec.exceptions import RequestError
-from llmrec.prompt import Prompt
-from llmrec.tasks.item_text import cut_text
-from llmrec.tasks.templates import shipped_templates
-from llmrec.vocabulary import PlainText, start_token
+from llmrec.engine.plugin import INDEX_FOLDER, LAUNCH
+from llmrec.engine.request import Found, SearchParameters
+from llmrec.exceptions import EngineError
+from llmrec.service.errors import ErrorBody
+from llmrec.service.limits import Limits
+from llmrec.service.settings import ServiceSettings
+from llmrec.service.transformers_engine import TransformersEngine
 
-TIMELINE = Prompt(
-    "{% for i in history %}{{ i.action or '?' }}/{{ i.domain or '?' }}/{{ i.gap or '?' }}:{{ i.semantic_id }} "
-    "{% endfor %}next:"
-)
-TASKS = ("next_item", "preference", "search")
+pytest.importorskip("vllm", reason="this environment has no vLLM")
+
+KEY = "a-key-of-tests"
+KEPT = {"/docs", "/openapi.json", "/version", "/metrics", "/v1/models"}
+OWN = {
+    "/health",
+    "/ready",
+    "/v1/recommend",
+    "/v1/search",
+    "/v1/score",
+    "/v1/catalog",
+    "/v1/catalog/items",
+    "/v1/users/ann",
+    "/v1/users/ann/events",
+    "/v1/users/ann/history",
+}
 
 
-class Played(Endpoint):
-    """An endpoint whose engine is the recommender in transformers."""
+class Client:
+    """As much of vLLM's EngineClient as the service uses, with transformers behind it."""
 
-    recommender: Recommender
+    def __init__(self, recommender, artefact, index_folder):
+        self.engine = TransformersEngine(recommender.model, index_folder)
+        self.model_config = SimpleNamespace(model=str(artefact), max_model_len=128, dtype=recommender.model.dtype)
+        self.renderer = self.input_processor = None
+        self.errored = False
+        self.wrong = 0.0  # added to what single tokens score
+        self.delay = 0.0
+        self.running = self.cancelled = 0
 
-    async def _encode(self, prompt, parameters):
+    async def encode(self, prompt, pooling_params, request_id, lora_request=None):
+        parameters = SearchParameters.unpack(pooling_params.extra_kwargs)
+        self.running += 1
+        try:
+            await asyncio.sleep(self.delay)
+            found = await self.engine.search(list(prompt["prompt_token_ids"]), parameters)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
         if not parameters.num_beams:
-            raise AssertionError("only the check asks for single tokens")
-        excluded = [np.array(parameters.excluded, dtype=np.int64)]
-        ((rows, scores),) = self.recommender._decoded([prompt], parameters.k, parameters.num_beams, excluded)
-        return [list(pair) for pair in zip(rows, scores, strict=True)]
+            found = Found(found.rows, [score + self.wrong for score in found.scores], found.levels, found.seconds)
+        yield SimpleNamespace(outputs=SimpleNamespace(data=found.pack(len(found.levels[0]) if found.levels else 0)))
+
+    def shutdown(self, timeout=None):
+        self.engine.close()
 
 
-def client_of(prompt=TIMELINE, tasks=TASKS, **changes):
-    made = random_recommender(3, prompt=prompt, max_history=2, max_positions=512)
-    settings = replace(made.settings, **changes)
-    parts = (made.model, made.tokenizer, made.catalog, prompt, settings, None, shipped_templates(tasks))
-    recommender = Recommender(*parts)
-    endpoint = Played(SimpleNamespace(errored=False), recommender.encoder, made.catalog, "m", 100, 500)
-    endpoint.recommender = recommender
-    app = FastAPI()
-    app.state.llmrec = endpoint
-    app.include_router(_router())
-    return TestClient(app, raise_server_exceptions=False), recommender
+@pytest.fixture(scope="module")
+def artefact(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("artefact") / "tiny"
+    recommender = random_recommender(3)
+    recommender.save_pretrained(folder)
+    return recommender, folder
 
 
-def same(answer, expected):
-    assert answer.status_code == 200, answer.text
-    got = [(item["id"], item["log_probability"]) for item in answer.json()["items"]]
-    assert [name for name, _ in got] == [item.item_id for item in expected]
-    assert [score for _, score in got] == pytest.approx([item.log_probability for item in expected])
+def application():
+    """vLLM's application with everything that it puts there itself, and our plugin as vLLM finds it."""
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_PLUGINS", "llmrec,llmrec_http")
+        parser = make_arg_parser(FlexibleArgumentParser())
+        args = parser.parse_args(["--model", "x", "--served-model-name", "served"])
+        app = build_app(args, ("embed",), None)
+    (plugin,) = app.state.endpoint_plugins
+    return app, plugin, args
 
 
-def test_events_and_preferences_reach_the_prompt():
-    client, recommender = client_of()
-    history = ["item-1", "item-2", "item-3"]
-    events = [
-        {"action": "view", "domain": "toys", "timestamp": 0.0},
-        {"action": "buy", "timestamp": 86_400.0},
-        {"domain": "books"},
-    ]
-    asked = client.post("/v1/recommend", json={"history": history, "k": 5, "events": events})
-    same(asked, recommender.recommend(history, 5, events=events))
-    other = client.post(
-        "/v1/recommend", json={"history": history, "k": 5, "events": [events[0], events[0], events[2]]}
-    )
-    assert other.json()["items"] != asked.json()["items"]
-    said = client.post("/v1/recommend", json={"history": history, "k": 5, "preference": "something red"})
-    same(said, recommender.recommend(history, 5, preference="something red"))
-    query = client.post("/v1/search", json={"query": "red lamp", "k": 7})
-    same(query, recommender.search("red lamp", 7))
+async def initialise(app, plugin, args, client):
+    from vllm.entrypoints.openai.models.protocol import BaseModelPath
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+
+    paths = [BaseModelPath(name="served", model_path="x")]
+    app.state.openai_serving_models = OpenAIServingModels(engine_client=client, base_model_paths=paths)
+    app.state.engine_client = client
+    await plugin.init_state(client, app.state, args)
 
 
-def test_events_of_unknown_items_go_with_them():
-    client, recommender = client_of()
-    history = ["item-1", "nowhere", "item-3"]
-    events = [{"action": name, "domain": name, "timestamp": float(place)} for place, name in enumerate("abc")]
-    body = {"history": history, "k": 4, "events": events, "ignore_unknown": True}
-    same(
-        client.post("/v1/recommend", json=body), recommender.recommend(history, 4, ignore_unknown=True, events=events)
-    )
-    alone = recommender.recommend(["item-1", "item-3"], 4, events=[events[0], events[2]])
-    same(client.post("/v1/recommend", json=body), alone)
+@pytest.fixture(scope="module")
+def server(artefact, tmp_path_factory):
+    """A real server on a thread: its address, its application, and its engine client."""
+    recommender, folder = artefact
+    index_folder = tmp_path_factory.mktemp("index")
+    client = Client(recommender, folder, index_folder)
+    app, plugin, args = application()
+    before = {(route.path, getattr(route, "methods", None) is None) for route in app.routes}
+    settings = ServiceSettings(launch="mine", limits=Limits(max_k=30))
+    environment = {INDEX_FOLDER: str(index_folder), "LLMREC_API_KEY": KEY, **settings.environment()}
+    found = SimpleNamespace(app=app, client=client, recommender=recommender, before=before, server=None)
+
+    async def run():
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            await initialise(app, plugin, args, client)
+        config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="off")
+        found.server = uvicorn.Server(config)
+        await found.server.serve()
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
+    thread.start()
+    end = time.monotonic() + 60
+    while found.server is None or not found.server.started:
+        assert thread.is_alive()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    found.port = found.server.servers[0].sockets[0].getsockname()[1]
+    with httpx.Client(
+        base_url=f"http://127.0.0.1:{found.port}", headers={"Authorization": f"Bearer {KEY}"}, timeout=60.0
+    ) as found.http:
+        yield found
+    found.server.should_exit = True
+    thread.join(20)
+    client.engine.close()
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "said"),
-    [
-        ("recommend", {"history": ["item-1"]}, "give events"),
-        ("recommend", {"history": ["item-1"], "events": []}, "1 items came with 0 events"),
-        ("recommend", {"history": ["item-1"], "events": [{"time": 3}]}, "time"),
-        ("recommend", {"history": ["item-1"], "events": [{"timestamp": "Infinity"}]}, "finite"),
-        ("search", {"query": "  "}, "Give some words"),
-        ("search", {"query": "a", "k": 0}, "greater than or equal to 1"),
-        ("search", {"query": "a", "k": 101}, "at most 100"),
-    ],
-)
-def test_what_does_not_fit_the_prompt_is_a_refusal_and_no_failure(path, body, said):
-    client, _ = client_of()
-    answer = client.post(f"/v1/{path}", json=body)
-    assert answer.status_code == 422
-    assert said in answer.text
+def test_only_what_a_recommender_needs_stays_of_vllms_routes(server):
+    before = {path for path, _ in server.before}
+    assert {"/tokenize", "/invocations", "/ping", "/load"} <= before  # else there was nothing to take away
+    assert {path_of(route) for route in server.app.router.routes} == KEPT | OWN
+    for path in before - KEPT - OWN:
+        for method in ("GET", "POST"):
+            assert server.http.request(method, path, json={}).status_code == 404, path
 
 
-def test_a_model_without_the_task_says_so():
-    client, _ = client_of(
-        prompt=Prompt("{% for i in history %}{{ i.semantic_id }}{% endfor %}"), tasks=("id_to_item",)
-    )
-    answer = client.post("/v1/recommend", json={"history": [], "preference": "red"})
-    assert (answer.status_code, "place for preference" in answer.text) == (422, True)
-    answer = client.post("/v1/search", json={"query": "red"})
-    assert (answer.status_code, "none to search with" in answer.text) == (422, True)
+def test_every_route_that_stays_needs_the_key(server):
+    for route in server.app.router.routes:
+        for method in sorted(getattr(route, "methods", None) or {"GET"}):
+            path = path_of(route)
+            answer = httpx.request(method, f"http://127.0.0.1:{server.port}{path}")
+            assert answer.status_code == (200 if path == "/health" else 401), (method, path)
+    answer = httpx.options(f"http://127.0.0.1:{server.port}/v1/recommend", headers={"Origin": "http://x"})
+    assert answer.status_code == 401
 
 
-def test_the_check_at_the_start_can_render_what_is_served():
-    for source in (
-        TIMELINE.source,
-        "{{ preference }} {% for i in history %}{{ i.gap }}{{ i.semantic_id }}{% endfor %}",
+def test_answers_are_those_of_the_recommender(server):
+    for body in ({"history": ["item-1", "item-2"], "k": 7}, {"text": "red lamp", "k": 3}):
+        answer = server.http.post("/v1/recommend", json=body)
+        assert answer.status_code == 200, answer.text
+        expected = server.recommender.recommend(**body)
+        assert [item["id"] for item in answer.json()["items"]] == [item.item_id for item in expected]
+        scores = [item["log_probability"] for item in answer.json()["items"]]
+        assert scores == pytest.approx([item.log_probability for item in expected], abs=1e-9)
+        assert answer.json()["model"] == "served"
+
+
+def test_errors_have_our_shape_and_our_statuses_on_vllms_application(server):
+    for status, request in (
+        (422, {"json": {"history": [], "k": 0}}),
+        (422, {"json": {"history": [], "k": 31}}),
+        (422, {"json": {"history": ["lost"]}}),
+        (400, {"content": b"{", "headers": {"Content-Type": "application/json"}}),
+        (413, {"content": b" " * 1_000_001, "headers": {"Content-Type": "application/json"}}),
+        (404, {"json": {"history": [], "catalog": "lost"}}),
     ):
-        _, recommender = client_of(prompt=Prompt(source))
-        example = recommender.encoder.example()
-        assert set(recommender.catalog.tokens_of_rows([0, 20])) <= set(example)
+        answer = server.http.post("/v1/recommend", **request)
+        assert answer.status_code == status, answer.text
+        assert ErrorBody.model_validate(answer.json()).error.code == status
+        assert len(answer.headers.get_list("X-Request-Id")) == 1
+    assert server.http.get("/nowhere").json()["error"]["type"] == "NotFoundError"
 
 
-def test_text_is_shown_as_the_tasks_showed_it():
-    _, recommender = client_of(max_text_tokens=8)
-    encoder = recommender.encoder
-    text = PlainText(recommender.tokenizer)
-    cut = cut_text("red lamp " * 50, text, 8)
-    assert 0 < len(cut) < 30
-    assert encoder.encode_query("red  lamp\n" * 50) == encoder.encode_query(cut)
-    template = recommender.templates["search"]["looking"]
-    assert encoder.encode_query("red  lamp\n" * 50) == template.encode(
-        recommender.catalog, [], text, start_token(recommender.tokenizer), query=cut
+def test_ready_models_and_description(server):
+    ready = server.http.get("/ready")
+    assert (ready.status_code, ready.json()["launch"], ready.json()["items"]) == (200, "mine", 40)
+    assert [model["id"] for model in server.http.get("/v1/models").json()["data"]] == ["served"]
+    described = server.http.get("/openapi.json").json()
+    assert described["info"]["title"] == "llmrec"
+    assert {"/v1/recommend", "/v1/models"} <= set(described["paths"])
+    assert "/tokenize" not in described["paths"]
+    assert "version" in server.http.get("/version").json()
+
+
+def test_metrics_are_vllms_and_ours(server):
+    server.http.post("/v1/recommend", json={"history": []})
+    text = server.http.get("/metrics").text
+    assert 'llmrec_requests_total{method="POST",route="/v1/recommend",status="200"}' in text
+    assert 'llmrec_catalog_version{catalog="default"' in text
+    assert "http_requests_total" in text  # of vLLM's own layer
+
+
+def test_a_client_that_goes_away_aborts_vllms_request(server):
+    content = json.dumps({"history": ["item-1"]}).encode()
+    head = (
+        f"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
     )
-    assert encoder.encode_query("red \n lamp") == encoder.encode_query("red lamp")
-    prompt = encoder.prompt_with({"preference"})
-    assert encoder.encode([1], prompt=prompt, preference="a\tb ") == encoder.encode(
-        [1], prompt=prompt, preference="a b"
-    )
+    server.client.delay = 60.0
+    try:
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+            wait_for(lambda: server.client.running == 1)
+        begin = time.monotonic()
+        wait_for(lambda: server.client.cancelled == 1)
+        assert time.monotonic() - begin < 1.0
+    finally:
+        server.client.delay = 0.0
+    assert server.http.post("/v1/recommend", json={"history": []}).status_code == 200
 
 
-def test_the_engine_is_not_asked_for_wider_searches():
-    _, recommender = client_of()
-    endpoint = Played(SimpleNamespace(errored=False), recommender.encoder, recommender.catalog, "m", 5, 500)
-    with pytest.raises(RequestError, match="at most 5 beams"):
-        asyncio.run(endpoint._answer([1], 6, None, []))
-    assert math.isfinite(recommender.search("red", 1)[0].log_probability)
+def path_of(route):
+    """A route's path, with somebody for its user."""
+    return re.sub(r"\{user_id[^}]*\}", "ann", route.path)
+
+
+def wait_for(true, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.002)
+
+
+def test_an_engine_that_computes_something_else_ends_the_start(artefact, tmp_path, monkeypatch):
+    recommender, folder = artefact
+    client = Client(recommender, folder, tmp_path)
+    client.wrong = 0.5
+    monkeypatch.setattr("llmrec.engine.http.REGISTRY", CollectorRegistry())
+    monkeypatch.setenv(INDEX_FOLDER, str(tmp_path))
+    monkeypatch.setenv(LAUNCH, "other")
+    with pytest.raises(EngineError, match="ordinary prefill"):
+        asyncio.run(initialise(*application(), client))
+    client.engine.close()
+
+
+def test_a_server_that_was_started_otherwise_is_told_so(artefact, tmp_path, monkeypatch):
+    recommender, folder = artefact
+    client = Client(recommender, folder, tmp_path)
+    monkeypatch.delenv(INDEX_FOLDER, raising=False)
+    with pytest.raises(EngineError, match="llmrec serve"):
+        asyncio.run(initialise(*application(), client))
+    client.engine.close()
+    assert INDEX_FOLDER not in os.environ
