@@ -165,6 +165,16 @@ class PromptEncoder:
             )
         return self.encode([], prompt=templates[min(templates)], query=query)
 
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a prompt in the caller's own words: all of them plain text, none an item or a control token.
+
+        Raises:
+            RequestError: if the text is empty.
+        """
+        if not isinstance(text, str) or not text.strip():
+            raise RequestError(f"The text is {text!r}. Give some words.")
+        return [self._start, *self._text.encode(text)]
+
 
 def load_parts(
     folder: Path, tokenizer: "PreTrainedTokenizerBase", catalog_version: str | None = None

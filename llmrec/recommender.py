@@ -1,25 +1,36 @@
 """Recommender: an artefact folder (model, tokenizer, catalog, prompt) that answers histories with items."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from llmrec import __version__, artefact
 from llmrec.artefact_parts import PROMPT_FILE, SETTINGS_FILE, PromptEncoder, Settings, load_parts
-from llmrec.beam import TrieTensors
 from llmrec.catalog import CATALOG_FOLDER, Catalog
 from llmrec.catalog_versions import refuse_to_replace
 from llmrec.decoding import decode
 from llmrec.exceptions import BackboneError, RequestError
 from llmrec.item_tokenizer import TOKENIZER_FOLDER, copy_tokenizer
 from llmrec.prompt import Event, Prompt
+from llmrec.recommendation import (
+    Recommendation,
+    Selection,
+    check_asker,
+    check_request,
+    read_selection,
+    rows_to_score,
+)
+from llmrec.service.attributes import Attributes
+from llmrec.service.filters import Filters, Rows, candidates, matching, require
+from llmrec.service.schema import PrefixCap, Sampling
 from llmrec.storage import atomic_folder, write_json
 from llmrec.tasks.templates import load_templates, save_templates
+from llmrec.trie_tensors import TrieTensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,23 +39,12 @@ __all__ = ["PromptEncoder", "Recommendation", "Recommender", "Settings", "check_
 
 # So many tokens, of prompts and beams, are held by one search's cache: bounds its memory.
 _CACHED_TOKENS = 32_000
+_SCORED_AT_ONCE = 1_000
 
 
-@dataclass(frozen=True)
-class Recommendation:
-    """One recommended item.
-
-    Attributes:
-        item_id: as in the catalog.
-        rank: 1 for the best.
-        log_probability: natural logarithm of the item's probability given the history.
-        title: for reading.
-    """
-
-    item_id: str
-    rank: int
-    log_probability: float
-    title: str
+Events = Sequence[Event | Mapping[str, Any]]
+# Per prompt: row, log-probability, and log-probability per level, best first.
+_Found = list[tuple[int, float, list[float]]]
 
 
 class Recommender:
@@ -87,6 +87,11 @@ class Recommender:
     @templates.setter
     def templates(self, templates: Mapping[str, Mapping[str, Prompt]]) -> None:
         self.encoder.templates = templates
+
+    @cached_property
+    def attributes(self) -> Attributes:
+        """What filters know of its catalog's items; looked through when asked."""
+        return Attributes(self.catalog.items)
 
     @classmethod
     def from_pretrained(
@@ -151,18 +156,27 @@ class Recommender:
 
     def recommend(
         self,
-        history: Sequence[str],
+        history: Sequence[str] | None = None,
         k: int = 10,
         exclude_seen: bool = True,
         num_beams: int | None = None,
         ignore_unknown: bool = False,
-        events: Sequence[Event | Mapping[str, Any]] | None = None,
+        events: Events | None = None,
+        filters: Filters | None = None,
+        allow: Sequence[str] | None = None,
+        deny: Sequence[str] = (),
+        min_candidates: int = 0,
+        normalize: Literal["vocabulary", "legal"] = "vocabulary",
+        prefix_cap: PrefixCap | Mapping[str, Any] | None = None,
+        sampling: Sampling | Mapping[str, Any] | None = None,
+        text: str | None = None,
         **variables: Any,
     ) -> list[Recommendation]:
-        """The k most probable next items of one history, best first.
+        """The k most probable next items of one history, best first; what a server must answer too.
 
-        Fewer come back only where fewer remain: a catalog of N items with s seen ones gives at most N - s. An empty
-        history is answered too: with what the model expects of a new user.
+        Fewer come back only where fewer may be recommended: a catalog of N items with s seen ones gives at most N - s;
+        or where a prefix cap holds them back. An empty history is answered too: with what the model expects of a new
+        user.
 
         Args:
             history: item ids, oldest first. Repeats are allowed.
@@ -171,21 +185,64 @@ class Recommender:
             num_beams: beams; at least k are used. More find better items, and N finds the very best.
             ignore_unknown: skip ids that the catalog does not hold, instead of refusing.
             events: what is known of each place of the history: its action, domain and timestamp.
+            filters: by attribute what items must be: `{"price": {"max": 20}, "brand": {"any_of": ["Norvik"]}}`; see
+                `llmrec.service.filters`. The search never enters a branch without such an item.
+            allow: item ids that alone may come back. Unknown ones are passed over, here and in `deny`.
+            deny: item ids that may not.
+            min_candidates: the items that must be left to choose from.
+            normalize: "vocabulary": probabilities over the model's vocabulary. "legal": over the continuations that
+                lead to an item that may come back.
+            prefix_cap: at most so many items that begin alike: `{"levels": 1, "most": 3}`.
+            sampling: items are drawn without replacement: `{"temperature": 1.0, "seed": 0}`. They come in the order of
+                the draw.
+            text: in the place of a history the whole prompt in plain words.
             variables: whatever else a prompt of the artefact uses, such as `preference`.
 
         Raises:
             UnknownItemError: if the history names unknown items.
-            RequestError: if k is below 1, events do not fit the history, or no prompt has a place for the variables.
+            FilterError: if a filter cannot be read, names no attribute of the items, or leaves too few candidates.
+            RequestError: if k is below 1, events do not fit the history, no prompt has a place for the variables, or
+                an option is none.
             PromptError: if the prompt uses what it was not given.
         """
-        if isinstance(history, str):
-            raise RequestError(f"The history is the string {history[:80]!r}. Give a list of item ids.")
-        rows, events = self.encoder.known(history, events, ignore_unknown)
-        given: dict[str, Any] = {name: [value] for name, value in variables.items()}
-        found, scores = self.recommend_rows(
-            [rows], k, exclude_seen, num_beams, events=None if events is None else [events], **given
-        )
-        return self._named(found[0], scores[0])
+        selection = read_selection(normalize, prefix_cap, sampling)
+        beams = check_request(k, self.settings.num_beams if num_beams is None else num_beams)
+        rows, prompt = self._prompt(history, ignore_unknown, events, text, variables)
+        left = matching(filters, self.catalog, self.attributes) if filters else None
+        chosen = candidates(self.catalog, left, allow, deny, rows if exclude_seen else ())
+        require(chosen.count, min_candidates)
+        searched = chosen.searched
+        trie = self._trie if searched is None else self._trie.subset(searched)
+        (found,) = self._decoded([prompt], k, beams, [chosen.excluded], trie=trie, selection=selection)
+        return self._named(found)
+
+    def score(
+        self,
+        history: Sequence[str] | None,
+        items: Sequence[str],
+        ignore_unknown: bool = False,
+        events: Events | None = None,
+        text: str | None = None,
+        **variables: Any,
+    ) -> list[tuple[str, float, list[float]]]:
+        """The log-probabilities of given items after one history, seen or not, in the order given.
+
+        Returns:
+            Per item its id, its log-probability, and the log-probability of each level of its semantic ID.
+
+        Raises:
+            RequestError: if an item is unknown, retired or named twice; else as `recommend`.
+        """
+        rows = rows_to_score(self.catalog, items)
+        _, prompt = self._prompt(history, ignore_unknown, events, text, variables)
+        scored: dict[int, tuple[float, list[float]]] = {}
+        for begin in range(0, len(rows), _SCORED_AT_ONCE):
+            some = rows[begin : begin + _SCORED_AT_ONCE]
+            trie = self._trie.subset(some)
+            # As many beams as items: the search leaves none out.
+            (found,) = self._decoded([prompt], len(some), len(some), [np.zeros(0, dtype=np.int64)], trie=trie)
+            scored |= {row: (score, levels) for row, score, levels in found}
+        return [(item, *scored[row]) for item, row in zip(items, rows, strict=True)]
 
     def search(self, query: str, k: int = 10, num_beams: int | None = None) -> list[Recommendation]:
         """The k items that the model most probably means by a query, best first.
@@ -197,8 +254,8 @@ class Recommender:
         """
         beams = check_request(k, self.settings.num_beams if num_beams is None else num_beams)
         tokens = self.encoder.encode_query(query)
-        ((rows, scores),) = self._decoded([tokens], k, beams, [np.zeros(0, dtype=np.int64)])
-        return self._named(rows, scores)
+        (found,) = self._decoded([tokens], k, beams, [np.zeros(0, dtype=np.int64)])
+        return self._named(found)
 
     def recommend_rows(
         self,
@@ -207,7 +264,7 @@ class Recommender:
         exclude_seen: bool = True,
         num_beams: int | None = None,
         progress: bool = False,
-        events: Sequence[Sequence[Event | Mapping[str, Any]] | None] | None = None,
+        events: Sequence[Events | None] | None = None,
         **variables: Sequence[Any],
     ) -> tuple[list[list[int]], list[list[float]]]:
         """`recommend` for many histories of catalog rows: the rows found and their log-probabilities, in order.
@@ -234,12 +291,28 @@ class Recommender:
         ]
         excluded = [np.array(rows if exclude_seen else (), dtype=np.int64) for rows in histories]
         found = self._decoded(prompts, k, beams, excluded, progress)
-        return [rows for rows, _ in found], [scores for _, scores in found]
+        return [[row for row, _, _ in one] for one in found], [[score for _, score, _ in one] for one in found]
 
-    def _named(self, rows: Sequence[int], scores: Sequence[float]) -> list[Recommendation]:
+    def _prompt(
+        self,
+        history: Sequence[str] | None,
+        ignore_unknown: bool,
+        events: Events | None,
+        text: str | None,
+        variables: Mapping[str, Any],
+    ) -> tuple[list[int], list[int]]:
+        """The rows of the history, and the prompt's token ids."""
+        check_asker(history, text, {"events": events, **variables})
+        if text is not None:
+            return [], self.encoder.encode_text(text)
+        rows, known = self.encoder.known(history or (), events, ignore_unknown)
+        return rows, self.encoder.encode(rows, known, self.encoder.prompt_with(variables), **variables)
+
+    def _named(self, found: _Found) -> list[Recommendation]:
+        codes, ids, title = self.catalog.codes, self.catalog.ids, self.catalog.title
         return [
-            Recommendation(self.catalog.ids[row], rank, score, self.catalog.title(row))
-            for rank, (row, score) in enumerate(zip(rows, scores, strict=True), start=1)
+            Recommendation(ids[row], rank, score, title(row), tuple(codes[row].tolist()), tuple(levels))
+            for rank, (row, score, levels) in enumerate(found, start=1)
         ]
 
     def _decoded(
@@ -247,34 +320,38 @@ class Recommender:
         prompts: Sequence[Sequence[int]],
         k: int,
         beams: int,
-        excluded: Sequence[npt.NDArray[np.int64]],
+        excluded: Sequence[Rows],
         progress: bool = False,
-    ) -> list[tuple[list[int], list[float]]]:
-        """The best rows after each prompt, and their scores."""
-        answers: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
-        width = min(beams, len(self.catalog)) * self.catalog.num_levels
+        trie: TrieTensors | None = None,
+        selection: Selection | None = None,
+    ) -> list[_Found]:
+        """The best items after each prompt; `excluded` are catalog rows, of whatever items."""
+        trie, selection = trie or self._trie, selection or Selection()
+        answers: list[_Found] = [[] for _ in prompts]
+        width = min(beams, trie.num_leaves) * trie.num_levels
         for places in _batches([len(prompt) for prompt in prompts], width, progress):
-            gone = [excluded[place] for place in places]
-            found = decode(self.model, [prompts[place] for place in places], self._trie, beams, gone)
-            for place, items, values in zip(places, found.items.tolist(), found.scores.tolist(), strict=True):
-                rows = [row for row in items[:k] if row >= 0]
-                answers[place] = rows, values[: len(rows)]
-                remaining = self.catalog.candidates(excluded[place])
-                if len(rows) != min(k, remaining):
+            found = decode(
+                self.model,
+                [prompts[place] for place in places],
+                trie,
+                beams,
+                [excluded[place] for place in places],
+                selection.renormalize,
+                None if selection.cap is None else [selection.cap] * len(places),
+                None if selection.draw is None else [selection.draw] * len(places),
+            )
+            results = zip(places, found.items.tolist(), found.scores.tolist(), found.levels.tolist(), strict=True)
+            for place, items, scores, levels in results:
+                one = zip(items[:k], scores, levels, strict=False)
+                answers[place] = [(row, score, parts) for row, score, parts in one if row >= 0]
+                wanted = min(k, trie.candidates(excluded[place]))
+                held = selection.cap is not None and 0 < len(answers[place]) <= wanted
+                if len(answers[place]) != wanted and not held:
                     raise BackboneError(
-                        f"The model's scores are not numbers: a search for {min(k, remaining)} items found "
-                        f"{len(rows)}. Its weights are broken or its dtype overflows; load it in float32."
+                        f"The model's scores are not numbers: a search for {wanted} items found "
+                        f"{len(answers[place])}. Its weights are broken or its dtype overflows; load it in float32."
                     )
         return answers
-
-
-def check_request(k: int, num_beams: int) -> int:
-    """The beams of a search for `k` items; raises RequestError if k or the beams are below 1."""
-    if k < 1 or k != int(k):
-        raise RequestError(f"k is {k}, and a recommendation has a whole number of items, from 1 on. Ask for k >= 1.")
-    if num_beams < 1:
-        raise RequestError(f"num_beams is {num_beams}. Search with at least one beam.")
-    return max(k, num_beams)
 
 
 def _batches(lengths: Sequence[int], width: int, progress: bool) -> "list[list[int]] | Any":

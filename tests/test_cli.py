@@ -13,7 +13,7 @@ from llmrec.cli.main import app, main
 from llmrec.exceptions import ArtefactError
 
 COMMANDS = [
-    *("quickstart", "serve", "recommend", "search", "push", "stages", "run", "doctor", "compare", "baseline"),
+    *("quickstart", "serve", "demo", "recommend", "search", "push", "stages", "run", "doctor", "compare", "baseline"),
     "export",
 ]
 
@@ -137,8 +137,7 @@ def test_quickstart_passes_every_option_on(call, monkeypatch) -> None:
 
 def test_serve_passes_every_option_on_and_what_follows_the_dashes_to_vllm(call, monkeypatch) -> None:
     seen = _record(monkeypatch, "serve")
-    assert call("serve", "me/rec") == 0
-    assert seen == {
+    plain = {
         "artefact": "me/rec",
         "host": "127.0.0.1",
         "port": 8000,
@@ -149,10 +148,36 @@ def test_serve_passes_every_option_on_and_what_follows_the_dashes_to_vllm(call, 
         "max_beams": None,
         "revision": None,
         "vllm_args": [],
+        "backend": "vllm",
+        "max_rows": None,
+        "max_body_bytes": None,
+        "deadline_ms": None,
+        "limit": [],
+        "drain_seconds": 30.0,
+        "catalog": [],
+        "adapter": [],
+        "history_store": None,
+        "index_folder": None,
+        "tensor_parallel_size": 1,
+        "data_parallel_size": 1,
+        "supervise": False,
+        "quiet": False,
+        "log_file": None,
     }
-    options = "--host h --port 1 --dtype float32 --max-num-seqs 2 --max-model-len 3 --kv-cache-gib 0.5 --max-beams 4"
-    assert call("serve", "a", *options.split(), "--revision", "v", "--", "--seed", "7", "--port", "9") == 0
-    assert list(seen.values()) == ["a", "h", 1, "float32", 2, 3, 0.5, 4, "v", ["--seed", "7", "--port", "9"]]
+    assert call("serve", "me/rec") == 0
+    assert seen == plain
+    given: dict[str, object] = {
+        **{"host": "h", "port": 1, "dtype": "float32", "max_num_seqs": 2, "max_model_len": 3, "kv_cache_gib": 0.5},
+        **{"max_beams": 4, "revision": "v", "backend": "transformers", "max_rows": 5, "max_body_bytes": 6},
+        **{"deadline_ms": 7, "drain_seconds": 8.0, "history_store": "memory:", "index_folder": Path("i")},
+        **{"tensor_parallel_size": 9, "data_parallel_size": 10, "log_file": Path("l")},
+    }
+    options = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    lists = {"catalog": ["a=b", "c=d"], "adapter": ["e=f"], "limit": ["max_k=3"]}
+    options += [part for name, values in lists.items() for value in values for part in (f"--{name}", value)]
+    after = ["--seed", "7", "--port", "9"]
+    assert call("serve", "a", *options, "--supervise", "--quiet", "--", *after) == 0
+    assert seen == plain | given | lists | {"artefact": "a", "supervise": True, "quiet": True, "vllm_args": after}
 
 
 class _Recommendation:

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 import typer
 
 import llmrec
-from llmrec.cli import baseline, data, export, ids
-from llmrec.cli.options import InvalidRows, SplitName, TimestampUnit
+from llmrec.cli import baseline, data, export, ids, recommend, servers
+from llmrec.cli.options import Artefact, InvalidRows, Revision, SplitName, TimestampUnit
 from llmrec.exceptions import LLMRecError
 
 app = typer.Typer(
@@ -24,9 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Artefact = Annotated[str, typer.Argument(help="An artefact folder, or its id on the Hub (`user/name`).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of the Hub's repository.")]
 app.add_typer(data.app, name="data")
 app.add_typer(ids.app, name="ids")
 
@@ -117,86 +115,9 @@ def quickstart(
     )
 
 
-@app.command()
-def serve(
-    artefact: Artefact,
-    vllm_args: Annotated[list[str] | None, typer.Argument(help="After `--`: arguments for vLLM's own server.")] = None,
-    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on.")] = 8000,
-    dtype: Annotated[
-        str, typer.Option(help="The model's number format: auto, float32, bfloat16 or float16.")
-    ] = "auto",
-    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Requests that run at once.")] = None,
-    max_model_len: Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt and its answer.")] = None,
-    kv_cache_gib: Annotated[float | None, typer.Option(min=0, help="Memory for the KV cache, in GiB.")] = None,
-    max_beams: Annotated[int | None, typer.Option(min=1, help="The widest beam that a request may ask for.")] = None,
-    revision: Revision = None,
-) -> None:
-    """Serve an artefact over HTTP with vLLM: POST /v1/recommend, /health, /ready, /v1/models, /docs.
-
-    Example: `llmrec serve runs/quickstart/artefact --port 8000`
-
-    Example, from the Hub, with options of vLLM's own:
-    `llmrec serve user/name --dtype bfloat16 -- --tensor-parallel-size 2`
-
-    Then: `curl localhost:8000/v1/recommend -H 'Content-Type: application/json' -d '{"history": ["id"], "k": 10}'`
-    """
-    from llmrec.cli.serve import serve as run
-
-    run(
-        artefact=artefact,
-        host=host,
-        port=port,
-        dtype=dtype,
-        max_num_seqs=max_num_seqs,
-        max_model_len=max_model_len,
-        kv_cache_gib=kv_cache_gib,
-        max_beams=max_beams,
-        revision=revision,
-        vllm_args=vllm_args or [],
-    )
-
-
-@app.command()
-def recommend(
-    artefact: Artefact,
-    history: Annotated[str, typer.Option(help="The history's item ids, oldest first: `id,id,id`.")] = "",
-    item: Annotated[
-        list[str] | None, typer.Option(help="One more item of the history; repeatable, and its id may hold a comma.")
-    ] = None,
-    k: Annotated[int, typer.Option("-k", "--k", min=1, help="How many items to recommend.")] = 10,
-    include_seen: Annotated[bool, typer.Option("--include-seen", help="Items of the history may come again.")] = False,
-    preference: Annotated[
-        str | None, typer.Option(help="What the user likes, in words; for a model trained on the task preference.")
-    ] = None,
-    events: Annotated[
-        str | None,
-        typer.Option(
-            help='JSON, one object per item: `[{"action": "view", "timestamp": 1700000000}]`; may lack keys.'
-        ),
-    ] = None,
-    revision: Revision = None,
-    as_json: AsJson = False,
-) -> None:
-    """Recommend the next items after a history, in this process (with transformers; no server).
-
-    Example: `llmrec recommend runs/quickstart/artefact --history P00376,P00064 -k 5`
-
-    Example: `llmrec recommend user/name --history P00376 --preference "fragrance-free, for sensitive skin"`
-    """
-    from llmrec.cli.recommend import recommend as run
-
-    ids = [part.strip() for part in history.split(",") if part.strip()] + (item or [])
-    run(
-        artefact,
-        history=ids,
-        k=k,
-        exclude_seen=not include_seen,
-        revision=revision,
-        as_json=as_json,
-        **({} if preference is None else {"preference": preference}),
-        **({} if events is None else {"events": events}),
-    )
+app.command("serve")(servers.serve)
+app.command("demo")(servers.demo)
+app.command("recommend")(recommend.command)
 
 
 @app.command()

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 _FILES = "What the files are called and hold"
 _SPLIT = "Split"
 
+Artefact = Annotated[str, typer.Argument(help="An artefact folder, or its id on the Hub (`user/name`).")]
+Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of the Hub's repository.")]
 InteractionsSource = Annotated[
     str,
     typer.Option(

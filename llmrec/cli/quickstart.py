@@ -290,6 +290,7 @@ def _show_end(run: _Run, result: dict[str, Any], synthetic: bool, port: int, ser
     say("Serve it:          " + shlex.join(["llmrec", "serve", str(out / "artefact"), "--port", "8000"]))
     body = json.dumps({"history": result["served"][0]["history"][-3:], "k": 10}) if result["served"] else "{}"
     say(f"Ask it:            curl localhost:8000/v1/recommend -H 'Content-Type: application/json' -d '{body}'")
+    say("Look at it:        llmrec demo http://localhost:8000")
     say("Your own data:     llmrec quickstart --interactions FILE --items FILE --out runs/mine")
     say("                   (parquet, csv or jsonl; --user-column, --item-column, … name your columns)")
     say("Stage by stage, as it was run here:")
