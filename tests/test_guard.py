@@ -44,7 +44,11 @@ def alive(process):
 
 
 def sleepers(process):
-    return [child for child in process.children(recursive=True) if "llmrec.guard" not in " ".join(child.cmdline())]
+    return [child for child in process.children(recursive=True) if alive(child) and not is_watcher(child)]
+
+
+def is_watcher(process):
+    return "llmrec.guard" in process.cmdline()
 
 
 @pytest.mark.parametrize("pause", [0.0, 1.2])
@@ -89,3 +93,70 @@ def test_it_becomes_the_command(tmp_path):
     assert run([sys.executable, "-c", "raise SystemExit(7)"], dict(os.environ)) == 7
     output = subprocess.run(guarded(["echo", "--", "a b"]), capture_output=True, text=True, check=True).stdout
     assert output == "-- a b\n"
+
+
+def test_a_watcher_that_is_killed_is_replaced_and_nothing_is_left_behind():
+    """Whichever of the two it is, again and again; then the server itself."""
+    name = f"guarded-{time.monotonic_ns()}"
+    process = subprocess.Popen(guarded([*tree(1), name]))
+    family = psutil.Process(process.pid)
+    try:
+        assert wait_for(lambda: len(sleepers(family)) == 1 and len(watchers(name)) == 2)
+        for place in (0, 1, 0):
+            killed = watchers(name)[place]
+            killed.kill()
+            assert wait_for(lambda killed=killed: len([each for each in watchers(name) if each != killed]) == 2)
+            assert alive(family)  # the server goes on
+            assert len(sleepers(family)) == 1
+        everything = [*sleepers(family), *watchers(name)]
+    finally:
+        process.kill()
+        process.wait()
+    assert wait_for(lambda: not any(map(alive, everything)))
+
+
+def watchers(name):
+    """Also those whose own parent, a watcher, was killed; their command line has what they guard."""
+    found = []
+    for each in psutil.process_iter():
+        try:
+            if is_watcher(each) and name in each.cmdline() and alive(each):
+                found.append(each)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_children_that_hide_their_mark_are_known_by_their_session(tmp_path):
+    """Born right before the end, with an environment of their own, as a process title that overwrites it has it."""
+    program = (
+        "import os, subprocess, sys, time\n"
+        "time.sleep(0.2)\n"
+        "child = subprocess.Popen(['sleep', '300'], env={})\n"
+        f"open({str(tmp_path / 'child')!r}, 'w').write(str(child.pid))\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    process = subprocess.Popen(guarded([sys.executable, "-c", program]), start_new_session=True)
+    process.wait()
+    child = int((tmp_path / "child").read_text())
+    assert wait_for(lambda: not psutil.pid_exists(child) or not alive(psutil.Process(child)))
+
+
+def test_scratch_is_removed_with_the_command_however_it_ends(tmp_path):
+    program = (
+        "import sys, time\nfrom llmrec.guard import scratch_folder\nfolder = scratch_folder()\n"
+        "(folder / 'part').mkdir()\n(folder / 'part' / 'file').write_text('x')\n"
+        f"open({str(tmp_path / 'name')!r}, 'w').write(str(folder))\n"
+        "time.sleep(float(sys.argv[1]))\n"
+    )
+    for seconds, kill in (("300", True), ("0", False)):
+        (tmp_path / "name").unlink(missing_ok=True)
+        process = subprocess.Popen(guarded([sys.executable, "-c", program, seconds]))
+        assert wait_for(lambda: (tmp_path / "name").exists() and (tmp_path / "name").read_text() != "", 30)
+        folder = tmp_path / (tmp_path / "name").read_text()
+        if kill:
+            assert (folder / "part/file").exists()
+            assert folder.stat().st_mode & 0o077 == 0
+            process.kill()
+        process.wait()
+        assert wait_for(lambda folder=folder: not folder.exists())
