@@ -14,10 +14,22 @@ from factories import random_recommender
 from llmrec.cli.main import app
 from llmrec.data import Interactions, Items, leave_one_out
 from llmrec.data.columns import _ALIASES, FLAGS
-from llmrec.engine.http import RecommendedItem, RecommendRequest, RecommendResponse
 from llmrec.engine.launch import server_command
 from llmrec.environment import DEFAULT_KV_CACHE_GIB
 from llmrec.evaluation.evaluation import evaluate
+from llmrec.service.schema import (
+    CatalogState,
+    Condition,
+    ItemScore,
+    PrefixCap,
+    RecommendedItem,
+    RecommendRequest,
+    RecommendResponse,
+    Sampling,
+    ScoreRequest,
+    SearchRequest,
+    StoredEvent,
+)
 from llmrec.stages import stage_files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +39,14 @@ DOCUMENTS = sorted(
     for file in ROOT.glob(pattern)
 )
 # Flags of programs that the documents name beside llmrec's own: vLLM, accelerate, TRL's SFTConfig, curl.
-FOREIGN = {"--api-key", "--config_file", "--enable-lora", "--num_processes", "--tensor-parallel-size"}
+FOREIGN = {
+    "--gpu-memory-utilization",
+    "--api-key",
+    "--config_file",
+    "--enable-lora",
+    "--num_processes",
+    "--tensor-parallel-size",
+}
 TRAINER = {
     *("--gradient_checkpointing", "--per_device_train_batch_size", "--gradient_accumulation_steps", "--output_dir"),
     *("--use_cpu", "--report_to", "--save_total_limit", "--max_steps", "--use_liger_kernel"),
@@ -80,17 +99,27 @@ def test_trainer_s_flags_are_the_trainer_s() -> None:
 
 
 def test_the_http_fields_and_defaults_are_those_of_the_models() -> None:
-    rows = dict(re.findall(r"^\| `([\w\[\].]+)` \| ([^|]+) \|", text_of("docs/serving.md"), re.MULTILINE))
+    asked, _, answered = text_of("docs/serving.md").partition("The answer, best item first")
+    row = re.compile(r"^\| `([\w\[\].]+)` \| ([^|]+) \|", re.MULTILINE)
+    rows = dict(row.findall(asked))
     for name, field in RecommendRequest.model_fields.items():
         said = rows[name].strip()
-        if field.is_required():
-            assert said == "required"
-        elif field.default is None:
-            assert said == ("the artefact's" if name == "num_beams" else "none")
+        if name == "num_beams":
+            assert said == "the artefact's"
+        elif not field.get_default(call_default_factory=True) and field.default not in (False, 0):
+            assert said == "none"
         else:
             assert said == str(field.default).lower()
+    rows = dict(row.findall(answered))
     assert {f"items[].{name}" for name in RecommendedItem.model_fields} <= rows.keys()
     assert set(RecommendResponse.model_fields) - {"items"} <= rows.keys()
+
+
+def test_every_field_of_the_http_api_is_explained() -> None:
+    text = text_of("docs/serving.md")
+    models = (SearchRequest, ScoreRequest, ItemScore, CatalogState, StoredEvent, PrefixCap, Sampling, Condition)
+    names = {name for model in models for name in model.model_fields}
+    assert [name for name in sorted(names) if not re.search(rf"[`\"]{name}[`\"]", text)] == []
 
 
 def test_the_serve_flags_and_defaults_are_those_of_the_command() -> None:
