@@ -1,5 +1,6 @@
 """The live vLLM server against transformers: the same items, the same scores."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import psutil
 import pytest
 from factories import random_histories
 
+from llmrec.catalog_versions import CatalogVersions
 from llmrec.engine.launch import Server, check_port, server_command
 from llmrec.exceptions import EngineError
 from llmrec.guard import guarded
@@ -146,6 +148,57 @@ def test_routes(llama_server):
     assert get("/docs").status_code == 200
     for hidden in ("/pooling", "/v1/embeddings", "/invocations"):
         assert httpx.post(f"{llama_server.url}{hidden}", json={"input": "x"}, timeout=30.0).status_code == 404
+
+
+def test_a_catalog_goes_on_and_back_under_load(llama_server):
+    """Answers of two versions, while requests keep coming: none fails, and each is of one version."""
+    versions = CatalogVersions.inside(llama_server.artefact)
+    base = versions.current
+    gone = llama_server.post(history=["item-3"], k=1, num_beams=100).json()["items"][0]["id"]
+    next_one = versions.retire([gone])
+    expected = {}
+
+    async def load_and_swap():
+        async with httpx.AsyncClient(base_url=llama_server.url, timeout=120.0) as client:
+            stop = asyncio.Event()
+
+            async def ask():
+                answers = []
+                while not stop.is_set():
+                    answers.append(await client.post("/v1/recommend", json={"history": ["item-3"], "k": 100, "num_beams": 500}))
+                return answers
+
+            asking = [asyncio.create_task(ask()) for _ in range(4)]
+            swaps = []
+            for version in ("current", base, next_one, base):
+                await asyncio.sleep(0.5)
+                swaps.append(await client.put("/v1/catalog", json={"version": version}))
+            await asyncio.sleep(0.5)
+            stop.set()
+            return swaps, [answer for answers in await asyncio.gather(*asking) for answer in answers]
+
+    try:
+        swaps, answers = asyncio.run(load_and_swap())
+    finally:
+        versions.rollback(base)
+    assert [answer.status_code for answer in swaps] == [200] * 4, [answer.text for answer in swaps]
+    assert [answer.json()["version"] for answer in swaps] == [next_one, base, next_one, base]
+    assert {answer.status_code for answer in answers} == {200}
+    for answer in answers:
+        said = answer.json()
+        ids = [item["id"] for item in said["items"]]
+        assert (gone in ids) == (said["catalog_version"] == base)
+        scores = [item["log_probability"] for item in said["items"]]
+        first = expected.setdefault(said["catalog_version"], dict(zip(ids, scores, strict=True)))
+        assert first == pytest.approx(dict(zip(ids, scores, strict=True)), abs=1e-4)
+    assert set(expected) == {base, next_one}
+
+
+def test_metrics_are_ours_and_vllm_s(llama_server):
+    llama_server.post(history=["item-3"], k=5)
+    text = httpx.get(f"{llama_server.url}/metrics", timeout=30.0).text
+    assert "vllm:prefix_cache_hits" in text
+    assert "llmrec_" in text
 
 
 def test_another_server_is_not_taken_for_ones_own(llama_server, tmp_path):
