@@ -18,8 +18,9 @@ minutes beyond; ratios are those of throughputs at the same width and concurrenc
 Answers are checked as they come: `invalid_rate` is the share of answered rows that are no item of the catalog or were
 excluded, `duplicate_rate` that of rows given twice, `agree` that of places with decode's item. Catalogs of other sizes
 have the same tokens and levels and are mapped by the one engine, as a living catalog's versions are; their search is
-compared with that of the smallest. `step` is what one level costs inside the engine, and what choosing among the
-catalog's continuations is of it.
+compared with that of the smallest. `one_request` says where the time of a request goes that is alone: outside the
+search (the prompt's prefill, the engine's way there and back), and in each of its levels, of which the choice among
+the catalog's continuations is a part.
 """
 
 import argparse
@@ -246,13 +247,10 @@ def main() -> None:
             "enable_prefix_caching": False,
         }
         agree, sizes = asyncio.run(_engine(common, options, prompts, excluded, answers, reference, items, put))
-        step = {
+        words = len(recommender.tokenizer)
+        select = {
             str(size): {
-                str(width): {
-                    "select_ms": round(
-                        1e3 * select_seconds(indexes / f"{size}.trie", width, len(recommender.tokenizer)), 3
-                    )
-                }
+                str(width): round(1e3 * select_seconds(indexes / f"{size}.trie", width, words), 3)
                 for width in options.widths
             }
             for size in options.catalogs
@@ -301,13 +299,27 @@ def main() -> None:
         "agree": agree,
         "measured": measured,
         "catalogs": sizes,
-        "step": step,
+        "select_ms_per_level": select,
+        "one_request": {
+            str(width): _where_time_goes(measured["engine"][f"W={width} c={min(options.concurrency)}"], select, width)
+            for width in options.widths
+        },
     }
     for path in report("serving", result, ratios, before, options):
         print(path)
     for name, value in ratios.items():
         print(f"{name}: {value} x")
     print(f"invalid {result['invalid_rate']:.4f}, duplicate {result['duplicate_rate']:.4f} of {answers.rows} rows")
+
+
+def _where_time_goes(figures: dict[str, Any], select: dict[str, dict[str, float]], width: int) -> dict[str, float]:
+    """Milliseconds of one request: outside the search (HTTP is not in it), and per level of the search."""
+    return {
+        "latency_ms": figures["p50_ms"],
+        "prefill_and_engine_ms": round(figures["p50_ms"] - figures["search_ms"], 2),
+        "search_ms_per_level": round(figures["search_ms"] / LEVELS, 3),
+        "of_it_select_ms": next(iter(select.values()))[str(width)],
+    }
 
 
 async def _engine(

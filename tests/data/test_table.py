@@ -139,7 +139,7 @@ def test_garbage_raises_data_errors_alone(tmp_path_factory, content, name, inval
     ("name", "content", "kind"),
     [
         ("a.csv", b"user_id,item_id\na,b\n", "delimited"),
-        ("a.gz", gzip.compress(b"user_id,item_id\na,b\n"), "delimited"),  # by its bytes, whatever its name
+        ("a.gz", gzip.compress(b"user_id,item_id\na,b\n", mtime=0), "delimited"),  # by its bytes, whatever its name
         ("a", b'{"user_id": 1}\n', "json lines"),
         ("a.csv", b'{"user_id","x"\n1,2\n', "delimited"),
         ("a.txt", b"user_id:token\titem_id:token\n1\t2\n", "RecBole"),

@@ -102,7 +102,9 @@ def test_times_that_are_absent_unknown_or_too_few_are_refused():
 
 
 @pytest.mark.parametrize(
-    "model", [Popularity(), ItemCF(), EASE(), Markov(), Markov(order=2), TextKNN(np.zeros((4, 2)))], ids=repr
+    "model",
+    [Popularity(), ItemCF(), EASE(), Markov(), Markov(order=2), TextKNN(np.zeros((4, 2)))],
+    ids=["popularity", "item_cf", "ease", "markov", "markov 2", "text_knn"],
 )
 def test_edges(model):
     model.fit(arrays([[0, 1, 1], []]), 4)
