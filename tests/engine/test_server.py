@@ -156,7 +156,7 @@ def test_a_catalog_goes_on_and_back_under_load(llama_server):
     base = versions.current
     gone = llama_server.post(history=["item-3"], k=1, num_beams=100).json()["items"][0]["id"]
     next_one = versions.retire([gone])
-    expected = {}
+    expected, asked = {}, {"history": ["item-3"], "k": 100, "num_beams": 500}
 
     async def load_and_swap():
         async with httpx.AsyncClient(base_url=llama_server.url, timeout=120.0) as client:
@@ -165,7 +165,7 @@ def test_a_catalog_goes_on_and_back_under_load(llama_server):
             async def ask():
                 answers = []
                 while not stop.is_set():
-                    answers.append(await client.post("/v1/recommend", json={"history": ["item-3"], "k": 100, "num_beams": 500}))
+                    answers.append(await client.post("/v1/recommend", json=asked))
                 return answers
 
             asking = [asyncio.create_task(ask()) for _ in range(4)]
