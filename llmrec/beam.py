@@ -23,6 +23,7 @@ from llmrec.selection import (
     gumbel,
     keys_of_children,
     perturbed,
+    require_levels,
     seeded,
     seeds_of,
     tempered,
@@ -286,10 +287,8 @@ def _groups(
     alike: dict[tuple[object, ...], list[int]] = {}
     for place, one in enumerate(tries):
         cap, draw = caps[place], draws[place]
-        if cap is not None and cap.levels > one.num_levels:
-            raise RequestError(
-                f"A cap on the first {cap.levels} levels does not fit items of {one.num_levels}. Give fewer levels."
-            )
+        if cap is not None:
+            require_levels(cap.levels, one.num_levels)
         kind = (id(one), widths[place], bool(over_legal[place]), cap is not None, draw is not None)
         alike.setdefault(kind, []).append(place)
     return [

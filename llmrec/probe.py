@@ -4,6 +4,7 @@ For supervisors, containers and orchestrators. It takes the API key from where t
 a secret in its description, and needs nothing but Python.
 """
 
+import http.client
 import json
 import os
 import sys
@@ -44,7 +45,7 @@ def _answers(url: str, key: str, launch: str, timeout: float) -> bool:
     try:
         with opener.open(request, timeout=timeout) as answer:
             return answer.status == 200 and (not launch or json.load(answer).get("launch") == launch)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, http.client.HTTPException):  # the last: no HTTP, or half an answer
         return False
 
 

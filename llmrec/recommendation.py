@@ -1,5 +1,6 @@
 """What a recommendation is asked for with, and what comes back; the words are those of the HTTP API."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -108,9 +109,9 @@ def rows_to_score(catalog: Catalog, items: Sequence[str]) -> list[int]:
     """
     if isinstance(items, str) or not len(items):
         raise RequestError(f"The items to score are {items[:80]!r}. Give a list with at least one item id.")
+    if repeated := [item for item, count in Counter(items).items() if count > 1]:
+        raise RequestError(f"{_shown(repeated)} to score are named more than once. Name every item once.")
     known = {item: catalog.rows([item], ignore_unknown=True) for item in items}
-    if len(known) != len(items):
-        raise RequestError(f"{len(items) - len(known)} item(s) to score are named twice. Name every item once.")
     if unknown := [item for item, rows in known.items() if not rows]:
         raise RequestError(f"{_shown(unknown)} to score are not in the catalog. Name items that it holds.")
     if retired := [item for item, rows in known.items() if catalog.retired[rows[0]]]:

@@ -39,6 +39,14 @@ class PrefixCap:
             raise RequestError(f"A cap of {self.most} items on {self.levels} levels keeps none. Give both, from 1 on.")
 
 
+def require_levels(cap_levels: int, levels: int) -> None:
+    """Raises RequestError for a cap on more levels than items have."""
+    if cap_levels > levels:
+        raise RequestError(
+            f"A cap on the first {cap_levels} levels does not fit items of {levels}. Give fewer levels."
+        )
+
+
 @dataclass(frozen=True)
 class Draw:
     """Items are drawn without replacement, in the order of the draw, in the place of the best ones.

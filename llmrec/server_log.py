@@ -5,7 +5,7 @@ import re
 import sys
 import time
 from collections import deque
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -63,6 +63,7 @@ class ServerLog:
         self._since = time.monotonic() if since is None else since
         self._stages: list[tuple[str, float]] = []
         self._is_ready = False
+        self._complained = False
 
     @classmethod
     def of(cls, file: Path) -> Self:
@@ -73,11 +74,11 @@ class ServerLog:
         return log
 
     def copy(self, pipe: BinaryIO) -> None:
-        """Reads the output to its end."""
-        with nullcontext() if self._file is None else open(self._file, "ab", buffering=0) as file:
+        """Reads the output to its end, whatever becomes of the file: a server that nobody reads stands still."""
+        with self._opened() as file:
             for line in pipe:
                 if file is not None:
-                    file.write(line)
+                    self._write(file, line)
                 if not self._quiet:
                     _put(line)
                 self._read(_COLOURS.sub("", line.decode("utf-8", errors="replace")).rstrip())
@@ -141,9 +142,31 @@ class ServerLog:
         """A line of this process's own, in the terminal and the file."""
         line = f"llmrec: {text}\n".encode()
         _put(line)
-        if self._file is not None:
-            with open(self._file, "ab", buffering=0) as file:
-                file.write(line)
+        with self._opened() as file:
+            if file is not None:
+                self._write(file, line)
+
+    def _opened(self) -> AbstractContextManager[BinaryIO | None]:
+        """The file, to append to; None where there is none, or none to be had."""
+        if self._file is None:
+            return nullcontext()
+        try:
+            return open(self._file, "ab", buffering=0)
+        except OSError as error:
+            self._complain(error)
+            return nullcontext()
+
+    def _write(self, file: BinaryIO, line: bytes) -> None:
+        try:
+            file.write(line)
+        except OSError as error:
+            self._complain(error)
+
+    def _complain(self, error: OSError) -> None:
+        """Says once that the file lacks lines."""
+        if not self._complained:
+            self._complained = True
+            _put(f"llmrec: the log file lacks lines: {error}\n".encode())
 
 
 def _put(line: bytes) -> None:

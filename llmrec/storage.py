@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
@@ -56,6 +54,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 def _sweep(path: Path) -> None:
     """Puts right what killed processes left beside `path`: an old folder comes back, half-written ones go."""
+    import psutil  # here, so that what only reads artefacts (benchmarks/gpu_check.py) runs without it
+
     for left in sorted(path.parent.glob(f".{glob.escape(path.name)}.*.old")) + sorted(
         path.parent.glob(f".{glob.escape(path.name)}.*.tmp")
     ):

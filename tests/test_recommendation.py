@@ -186,7 +186,7 @@ def test_items_that_cannot_be_scored(made):
     for items, message in [
         ([], "Give a list with at least one item id"),
         ("item-1", "The items to score are 'item-1'"),
-        (["item-1", "item-2", "item-1"], r"1 item\(s\) to score are named twice"),
+        (["item-1", "item-2", "item-1"], r"\('item-1'\) to score are named more than once"),
         (["item-1", "lost"], r"1 item\(s\) \('lost'\) to score are not in the catalog"),
         (["item-4"], r"\('item-4'\) to score are retired"),
         ([f"x{n}" for n in range(9)], r"9 item\(s\) \('x0', 'x1', 'x2', 'x3', 'x4', …\)"),

@@ -1,12 +1,15 @@
 """A server's parent: it restarts, gives up, forwards signals, and the two die together."""
 
+import io
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -342,3 +345,40 @@ def test_a_plan_survives_its_command_line(monkeypatch):
     assert supervisor.main(supervised(plan)[3:]) == 0
     assert found == [plan]
     assert json.dumps(found[0].url) == '"http://x"'
+
+
+@pytest.mark.parametrize("said", [b"not http at all\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", b""])
+def test_what_answers_no_http_is_not_ready_and_no_error(said):
+    """One that dies while it answers, or another program on the port: the parent must not end of it."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer():
+            connection, _ = listening.accept()
+            connection.recv(1000)
+            connection.sendall(said)
+            connection.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert is_ready(f"http://127.0.0.1:{listening.getsockname()[1]}", launch="mine") is False
+        thread.join()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_does_not_stop_the_log_from_being_read(capfdbinary):
+    """Nobody reading, the server would stand still as soon as the pipe is full."""
+    log = ServerLog(file=Path("/dev/full"))
+    log.copy(io.BytesIO(b"Starting to load model\n" * 3 + b"the last\n"))
+    log.say("something")
+    assert log.end()[-1] == "the last"
+    out = capfdbinary.readouterr().out
+    assert out.count(b"the log file lacks lines") == 1
+    assert b"the last" in out
+
+
+def test_a_log_file_that_cannot_be_opened_any_more_is_done_without(tmp_path, capfdbinary):
+    log = ServerLog(file=tmp_path / "gone" / "log")
+    log.copy(io.BytesIO(b"the last\n"))
+    log.say("something")
+    assert log.end() == ["the last"]
+    assert capfdbinary.readouterr().out.count(b"lacks lines") == 1

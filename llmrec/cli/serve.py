@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from rich.console import Console
 
@@ -70,7 +70,7 @@ def serve(
         for name, named in given.items():
             if not Path(named).is_dir():
                 raise RequestError(f"{option} {name}={named} names no folder. Give one that is there.")
-    if history_store is not None and urlsplit(history_store).password:
+    if history_store is not None and _has_password(history_store):
         raise RequestError(
             "--history-store has a password, and every user of the machine can read command lines. Set the variable "
             "LLMREC_HISTORY_STORE instead."
@@ -154,6 +154,15 @@ def _named(option: str, pairs: Sequence[str]) -> dict[str, str]:
             raise RequestError(f"{option} gives {name!r} twice. Give each name once.")
         found[name] = value
     return found
+
+
+def _has_password(url: str) -> bool:
+    """Whether a history store's URL shows a secret: before its host, or as redis-py's option; yes, if unreadable."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return True
+    return parts.password is not None or (parts.scheme != "sqlite" and "password" in parse_qs(parts.query))
 
 
 def _openable(file: Path) -> Path:

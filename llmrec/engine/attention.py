@@ -203,11 +203,12 @@ class BeamAttention:
             return (scores.softmax(-1).to(query.dtype) @ own_values).view(requests * number, heads, width)
         attended, total = (part.unflatten(2, (number, group)).transpose(1, 2) for part in seen)
         # The prompt counts as one more key whose score is the logarithm of its sum.
-        weights = torch.cat([total.unsqueeze(-1).to(scores.dtype), scores], -1).softmax(-1).to(query.dtype)
-        result: torch.Tensor = attended * weights[..., :1]
+        weights = torch.cat([total.unsqueeze(-1).to(scores.dtype), scores], -1).softmax(-1)
+        result: torch.Tensor = attended * weights[..., :1]  # in the scores' type: half precision is rounded to once
         for place in range(own_values.shape[3]):  # few, and far faster than a product of so small matrices
-            result.addcmul_(own_values[:, :, :, place].unsqueeze(3), weights[..., place + 1 : place + 2])
-        return result.reshape(requests * number, heads, width)
+            own = own_values[:, :, :, place].unsqueeze(3).to(weights.dtype)
+            result.addcmul_(own, weights[..., place + 1 : place + 2])
+        return result.to(query.dtype).reshape(requests * number, heads, width)
 
 
 def fused(device: torch.device, cap: float) -> bool:

@@ -52,9 +52,14 @@ class Indexes:
             return self._start
         if name not in self._known:
             try:
-                self._known[name] = self._map(name)
+                found = self._map(name)
             except ArtefactError as error:
                 raise RequestError(str(error)) from error
+            # A file that was removed is asked for no more, and its space is free only when no one maps it.
+            assert self._folder is not None
+            for gone in [kept for kept in self._known if not (self._folder / kept).exists()]:
+                del self._known[gone]
+            self._known[name] = found
             while len(self._known) > self._most:
                 self._known.popitem(last=False)
         self._known.move_to_end(name)

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -42,6 +43,8 @@ Backend = Literal["vllm", "transformers"]
 HISTORY_STORE = "LLMREC_HISTORY_STORE"
 _FIRST = (sys.executable, "-m", "llmrec.engine.launch")
 _KV_CACHE = "VLLM_CPU_KVCACHE_SPACE"
+# Parts of an index, and files that were not written to their end: names of `IndexFiles` and of `atomic_path`.
+_LEFT_BEHIND = re.compile(r".+-[0-9a-f]{16}-[0-9a-f]{16}\.trie\.safetensors|\..+\.trie\.safetensors\.\d+\.tmp")
 
 
 def server_command(
@@ -177,7 +180,8 @@ def server_command(
 
 
 def _is_key(argument: str) -> bool:
-    return argument.partition("=")[0].replace("_", "-") == "--api-key"
+    # Shortened, too, as vLLM's parser takes it.
+    return argument.partition("=")[0].replace("_", "-").startswith("--api-k")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -199,10 +203,18 @@ def _become_vllm(artefact: Path, command: list[str]) -> None:
     version = versions.current
     logger.info("llmrec: building the index of catalog version %s", version)
     files = IndexFiles(os.environ.get(INDEX_FOLDER) or scratch_folder())
+    _tidy(files.folder)
     index = files.index_of(versions.load(version), read_settings(artefact).softmax)
     environment = os.environ | {INDEX_FOLDER: str(files.folder), INDEX: index, CATALOG_VERSION: version}
     logger.info("llmrec: starting vLLM")
     os.execve(command[0], command, environment)
+
+
+def _tidy(folder: Path) -> None:
+    """Removes what a server that was killed left in its folder: nobody asks for it again, and it would add up."""
+    for path in folder.iterdir():
+        if _LEFT_BEHIND.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _serve_with_transformers(artefact: Path, host: str, port: str, dtype: str) -> None:

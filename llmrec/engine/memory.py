@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import torch
+
 DEFAULT_MIB = 1024
 # Of the search over V logits and C children of a beam: float32 logits and their exponentials; places, legality,
 # tokens, scores and what sorting takes.
@@ -94,6 +96,11 @@ class SearchMemory:
         kept = longest * ((self.prompt if keep else 0) + self.layer)
         running = (width or beams) * (self.passing + longest * self.score)
         return requests * (kept + beams * (self.held + _PER_CHILD * fan_out) + running)
+
+    def reserve(self, device: torch.device) -> None:
+        """Takes the bound's bytes of a GPU and gives them back at once: its profile run then counts with them."""
+        if device.type != "cpu":
+            torch.empty(self.limit, dtype=torch.uint8, device=device)
 
     def plan(self, lengths: Sequence[int], beams: int, fan_out: int) -> list[Portion]:
         """Divides requests with prompts of these lengths and W beams each; similar lengths come together.

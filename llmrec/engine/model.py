@@ -74,7 +74,8 @@ def beam_model(architecture: str) -> type:
         memory = _memory(self._llmrec_config, layers, indexes.of("").token_levels, gathered)
         with_lora = self._llmrec_config.lora_config is not None
         punica = (lambda: punica_wrapper(self)) if with_lora else (lambda: None)
-        self.pooler.prepare(indexes, layers, memory, most_beams, punica, readers)
+        ranks = self._llmrec_config.parallel_config.tensor_parallel_size
+        self.pooler.prepare(indexes, layers, memory, most_beams, punica, readers, *([all_agree] if ranks > 1 else []))
 
     return type(
         PREFIX + architecture,
@@ -87,6 +88,17 @@ def beam_model(architecture: str) -> type:
             "is_pooling_model": True,
         },
     )
+
+
+def all_agree(held: list[bool]) -> list[bool]:
+    """What holds on every rank of the tensor-parallel group; all of them ask, with as many entries."""
+    from vllm.distributed import get_tp_group
+
+    if not held:
+        return held
+    counted = torch.tensor(held, dtype=torch.int32)
+    torch.distributed.all_reduce(counted, torch.distributed.ReduceOp.MIN, get_tp_group().cpu_group)
+    return [bool(value) for value in counted.tolist()]
 
 
 def refuse_settings(vllm_config: Any) -> None:

@@ -104,6 +104,7 @@ class BeamPooler(Pooler):
         most_beams: int,
         punica: Callable[[], Any] = lambda: None,
         readers: Mapping[str, FlashReader | None] | None = None,
+        agree: Callable[[list[bool]], list[bool]] = lambda held: held,
     ) -> None:
         """Gives it what is known once the weights are loaded.
 
@@ -115,9 +116,10 @@ class BeamPooler(Pooler):
             punica: finds the wrapper of the LoRA layers, which are there only later; None without.
             readers: on a GPU, by layer what reads its prompts in place, None for a layer whose prompts are gathered;
                 None elsewhere.
+            agree: of what holds on this rank, what holds on all that share the layers.
         """
         self._indexes, self._layers, self._memory = indexes, layers, memory
-        self._most_beams, self._punica, self._readers = most_beams, punica, readers
+        self._most_beams, self._punica, self._readers, self._agree = most_beams, punica, readers, agree
 
     def remember(self, metadata: Any) -> None:
         """Keeps the attention metadata of the forward pass that has just begun; None for a dummy run.
@@ -144,7 +146,7 @@ class BeamPooler(Pooler):
             return [_status(FAILED) if row in finished else None for row in range(len(given))]
         cursor = pooling_metadata.get_pooling_cursor()
         lasts = cursor.last_token_indices_gpu.tolist() if finished else []
-        groups: dict[tuple[int, int], list[Asked]] = {}
+        checked: list[Asked] = []
         for row in finished:
             try:
                 asked = self._check(row, lasts[row], int(cursor.prompt_lens_cpu[row]), given[row])
@@ -155,11 +157,20 @@ class BeamPooler(Pooler):
                 logger.exception("a search could not be prepared")
                 results[row] = _status(FAILED)
             else:
-                groups.setdefault((asked.parameters.num_beams, asked.trie.num_levels), []).append(asked)
+                checked.append(asked)
+        # A file may have gone before the second rank came to it, and who searches alone waits for the others for ever.
+        fits = self._agree([results[row] is None for row in finished])
+        groups: dict[tuple[int, int, int], list[Asked]] = {}
+        for asked in checked:
+            if fits[finished.index(asked.row)]:
+                alike = (asked.parameters.num_beams, asked.trie.num_levels, asked.trie.token_levels)
+                groups.setdefault(alike, []).append(asked)
+            else:
+                results[asked.row] = _status(REFUSED)
         with lora_rows(self._punica()) as lora:
             tables = {name: metadata[name].block_table for name in self._layers}
             batch = Batch(hidden_states, tables, lora)
-            for (beams, _), group in groups.items():
+            for (beams, *_), group in groups.items():
                 memory = self._memory if lora is None else self._memory.rows(lora.most_rows)
                 fan_out = max(max(asked.trie.fan_out, default=0) for asked in group)
                 for portion in memory.plan([asked.length for asked in group], beams, fan_out):
@@ -318,6 +329,7 @@ class BeamPooler(Pooler):
             first, *_ = memory.plan([length] * requests, self._most_beams, max(trie.fan_out, default=0))
             asked = Asked(0, 0, length, parameters, trie, np.empty(0, dtype=np.int64))
             self._search(Batch(hidden, None, lora), [asked] * len(first.places), first)
+        memory.reserve(hidden.device)  # of which a larger catalog, swapped in later, may need more than this one
 
 
 def _rows(name: str, rows: list[int], number: int) -> npt.NDArray[np.int64]:

@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from re import compile as pattern
 from typing import Any, TypeVar
 
-from llmrec.exceptions import DataError, DependencyError, RequestError
+from llmrec.exceptions import DataError, DeadlineError, DependencyError, RequestError
 from llmrec.history_store.store import MAX_EVENTS, StoreAwayError, checked_last, checked_user, packed, unpacked
 from llmrec.service.schema import StoredEvent
 
@@ -21,7 +21,8 @@ class RedisStore:
 
     An append is one transaction of RPUSH, LTRIM and, with a time to live, EXPIRE. Commands touch one key each, so that
     a cluster's proxy may stand between. A dead connection is replaced; a read is tried a second time, an append never,
-    for it may have been carried out.
+    for it may have been carried out: where Redis falls silent in the middle of one, DeadlineError says that nobody
+    knows, and callers who try again when a store is away do not put the events there twice.
 
     Attributes:
         max_events: kept of each user.
@@ -102,7 +103,9 @@ class RedisStore:
                     pipeline.expire(key, self.ttl)
                 await pipeline.execute()
 
-        await _asked(push, tries=1)
+        # A connection that has died is found out now, when nothing has been asked of it yet.
+        await _asked(self._redis.ping, tries=2)
+        await _asked(push, tries=1, changes=True)
 
     async def read(self, user_id: str, last: int) -> list[StoredEvent]:
         key, count = self._key(user_id), min(checked_last(last), self.max_events)
@@ -123,10 +126,14 @@ class RedisStore:
         return self.prefix.encode() + b":" + checked_user(user_id)
 
 
-async def _asked(ask: Callable[[], Awaitable[Result]], tries: int) -> Result:
-    """What Redis answers; where the connection is lost, it is asked up to `tries` times in all."""
+async def _asked(ask: Callable[[], Awaitable[Result]], tries: int, changes: bool = False) -> Result:
+    """What Redis answers; where the connection is lost, it is asked up to `tries` times in all.
+
+    `changes` says that what was asked may have been done although no answer came.
+    """
     from redis.exceptions import ConnectionError as NotConnectedError
     from redis.exceptions import RedisError, ResponseError
+    from redis.exceptions import TimeoutError as SilentError
 
     while True:
         tries -= 1
@@ -139,6 +146,11 @@ async def _asked(ask: Callable[[], Awaitable[Result]], tries: int) -> Result:
                 ) from error
             if tries and isinstance(error, NotConnectedError):
                 continue
+            if changes and isinstance(error, (NotConnectedError, SilentError, OSError)):
+                raise DeadlineError(
+                    f"Redis gave no answer to a change of a history ({type(error).__name__}): whether it was made is "
+                    "not known. Read the history before sending the events again."
+                ) from error
             # By its kind alone: what redis-py says may quote addresses and more, and this text goes to whoever asked.
             raise StoreAwayError(
                 f"The history store in Redis cannot be asked now ({type(error).__name__}). Try again; if it stays so, "

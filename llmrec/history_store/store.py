@@ -32,8 +32,9 @@ class HistoryStore(Protocol):
     other. The last `max_events` of each user are kept. A `read` after an `append` sees it.
 
     Every method raises RequestError for a user id that is none (it has 1 to 1,000 characters that UTF-8 can spell),
-    StoreAwayError where the store cannot be asked now (the service's 503), and DataError where it holds what no store
-    of llmrec's wrote.
+    StoreAwayError where the store cannot be asked now and nothing was changed (the service's 503), and DataError where
+    it holds what no store of llmrec's wrote. `append` raises DeadlineError (504) where nobody knows whether it was
+    done.
     """
 
     max_events: int

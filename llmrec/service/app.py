@@ -69,6 +69,8 @@ def attach(
         if path not in theirs:
             app.include_router(make())
     app.router.routes.extend(route for route in stay if getattr(route, "path", None) not in own)
+    # A redirect would say the Host header's word for where to go; a path with a slash too many is no route.
+    app.router.redirect_slashes = False
     app.title, app.version, app.description = "llmrec", __version__, _DESCRIPTION
     app.openapi_schema = None
     app.exception_handlers.clear()

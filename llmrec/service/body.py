@@ -92,6 +92,13 @@ class BodyGuard:
                 "The body is not said to be JSON. Send it with the header Content-Type: application/json.",
                 "MediaTypeError",
             )
+        # JSON in UTF-8 has no such byte; a parser takes it for UTF-16 or UTF-32, in which `depth_of` miscounts.
+        if b"\x00" in body:
+            return _problem(
+                HTTPStatus.BAD_REQUEST,
+                "The body has zero bytes and is no JSON in UTF-8. Send valid JSON.",
+                "JSONError",
+            )
         if depth_of(body) > self._limits.max_depth:
             self._metrics.refused("depth")
             return _problem(

@@ -39,6 +39,8 @@ class Matching:
         self._bits = np.packbits(mask)
         self._length = len(mask)
         self.count = int(mask.sum())
+        # Few rows are kept beside the bits, in no more memory than these: requests would look for them one by one.
+        self._few = np.flatnonzero(mask) if self.count * 64 <= len(mask) else None
 
     def holds(self, rows: Rows) -> Mask:
         """Which of some catalog rows match."""
@@ -46,6 +48,8 @@ class Matching:
 
     def rows(self) -> Rows:
         """The catalog rows that match, ascending."""
+        if self._few is not None:
+            return self._few.copy()
         return np.flatnonzero(np.unpackbits(self._bits, count=self._length))
 
 

@@ -82,8 +82,10 @@ class IndexFiles:
 
     def size(self, name: str) -> int:
         """Bytes of a file; 0 if there is none."""
-        path = self.path(name)
-        return path.stat().st_size if path.is_file() else 0
+        try:
+            return self.path(name).stat().st_size
+        except FileNotFoundError:  # nor asked beforehand: it may go between two questions
+            return 0
 
     def release(self, name: str, keep: bool = False) -> None:
         """Gives a file up; the last who does removes it, unless it is to be found again (`keep`).

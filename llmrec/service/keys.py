@@ -45,15 +45,14 @@ class Keys:
         """
         keys: list[str] = []
         if KEY in environment:
-            keys.append(environment[KEY].strip())
+            keys += _lines(environment[KEY]) or [""]
         if KEY_FILE in environment:
             try:
-                lines = Path(environment[KEY_FILE]).read_text(encoding="utf-8").splitlines()
+                keys += _lines(Path(environment[KEY_FILE]).read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise RequestError(
                     f"The file that {KEY_FILE} names cannot be read: {error}. Mend its path."
                 ) from error
-            keys += [line.strip() for line in lines if line.strip()]
         return cls(keys) if KEY in environment or KEY_FILE in environment else None
 
     def accept(self, authorization: bytes | None) -> bool:
@@ -96,6 +95,10 @@ class KeyGuard:
             headers={"WWW-Authenticate": "Bearer"},
         )
         await refusal.response()(scope, receive, send)
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _hash(key: bytes) -> bytes:

@@ -89,6 +89,8 @@ class Readiness:
                 await self.try_once()
             except EngineError as error:
                 logger.error("Not ready: %s", error)
+            except Exception:  # of who is told: the next one is tried all the same
+                logger.exception("What a canary recommendation showed could not be told")
 
     def _failed(self, why: str) -> None:
         self.failure = f"{why}. See the server's log."

@@ -1,7 +1,6 @@
 """What a request means: who it is for becomes a prompt, what it asks for a search, what was found an answer."""
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,9 +8,11 @@ from typing import Any
 from llmrec.artefact_parts import PromptEncoder
 from llmrec.catalog import Catalog
 from llmrec.engine.request import Found, SearchParameters
-from llmrec.exceptions import EngineError, FilterError, RequestError
-from llmrec.recommender import check_request
+from llmrec.exceptions import EngineError, RequestError
+from llmrec.recommendation import check_request, rows_to_score
+from llmrec.selection import require_levels
 from llmrec.service.catalogs import Constraint, LiveCatalogs, ServedCatalog
+from llmrec.service.filters import require
 from llmrec.service.limits import Limits
 from llmrec.service.schema import (
     ItemScore,
@@ -116,14 +117,14 @@ async def recommendation(
 
     Raises:
         FilterError: if a filter names what items do not have, or fewer items are left than `min_candidates`.
+        RequestError: if a cap has more levels than the catalog.
     """
     excluded = seen if request.exclude_seen else []
+    if request.prefix_cap is not None:
+        # The engine would refuse it too, but with all that is searched together with it.
+        require_levels(request.prefix_cap.levels, served.catalog.num_levels)
     constraint = await catalogs.constrain(served, request.filters, request.allow, request.deny, excluded)
-    if constraint.candidates < request.min_candidates:
-        raise FilterError(
-            f"{constraint.candidates} items may be returned, and the request wants at least {request.min_candidates}. "
-            "Loosen its filters, or lower min_candidates."
-        )
+    require(constraint.candidates, request.min_candidates)
     parameters = _constrained(served, constraint, request.k, beams)
     parameters = replace(parameters, renormalize=request.normalize == "legal")
     if request.prefix_cap is not None:
@@ -147,16 +148,7 @@ def scoring(served: ServedCatalog, request: ScoreRequest, prompt: list[int]) -> 
     Raises:
         RequestError: if an item is unknown, retired or named twice.
     """
-    catalog = served.catalog
-    asked = request.items
-    known = [catalog.rows([item], ignore_unknown=True) for item in asked]
-    if unknown := [item for item, rows in zip(asked, known, strict=True) if not rows]:
-        raise RequestError(f"{_named(unknown)} not in the catalog. Ask for the scores of items that are.")
-    rows = [row for (row,) in known]
-    if retired := [item for item, row in zip(asked, rows, strict=True) if catalog.retired[row]]:
-        raise RequestError(f"{_named(retired)} retired and cannot be recommended. Ask for the scores of live items.")
-    if repeated := [item for item, count in Counter(asked).items() if count > 1]:
-        raise RequestError(f"{_named(repeated)} named more than once. Name every item once.")
+    rows = rows_to_score(served.catalog, request.items)
     parameters = SearchParameters(k=len(rows), num_beams=len(rows), index=served.index, allowed=rows)
     return Search(prompt, parameters, len(rows))
 
@@ -218,8 +210,3 @@ def _at_most(what: str, asked: int, most: int, flag: str) -> None:
             f"{what} is {asked}, and this server gives at most {most}. Ask for at most {most}, or start the server "
             f"with a higher {flag}."
         )
-
-
-def _named(items: Sequence[str]) -> str:
-    short = [repr(item if len(item) <= 100 else item[:100] + "…") for item in items[:5]]
-    return f"{len(items)} item(s) ({', '.join(short)}{', …' if len(items) > 5 else ''}) are"

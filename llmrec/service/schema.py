@@ -25,7 +25,7 @@ class HistoryEvent(_Body):
 
     action: str | None = Field(default=None, max_length=1_000, description="What the user did there, as in the log.")
     domain: str | None = Field(default=None, max_length=1_000, description="The shop or category, as in the log.")
-    timestamp: float | None = Field(default=None, allow_inf_nan=False, description="Unix seconds.")
+    timestamp: float | None = Field(default=None, strict=True, allow_inf_nan=False, description="Unix seconds.")
 
 
 class Condition(_Body):
@@ -37,8 +37,8 @@ class Condition(_Body):
     none_of: list[Value] | None = Field(
         default=None, min_length=1, max_length=MAX_VALUES, description="None of these values."
     )
-    min: float | None = Field(default=None, allow_inf_nan=False, description="At least this number.")
-    max: float | None = Field(default=None, allow_inf_nan=False, description="At most this number.")
+    min: float | None = Field(default=None, strict=True, allow_inf_nan=False, description="At least this number.")
+    max: float | None = Field(default=None, strict=True, allow_inf_nan=False, description="At most this number.")
 
     @model_validator(mode="after")
     def _says_something(self) -> "Condition":
@@ -59,7 +59,9 @@ class PrefixCap(_Body):
 class Sampling(_Body):
     """Items drawn without replacement (stochastic beam search) instead of the most probable ones."""
 
-    temperature: float = Field(default=1.0, gt=0.0, le=100.0, description="Above 1 is more even, below 1 is greedier.")
+    temperature: float = Field(
+        default=1.0, gt=0.0, le=100.0, strict=True, description="Above 1 is more even, below 1 is greedier."
+    )
     seed: int = Field(default=0, ge=0, le=2**53, strict=True, description="The same seed draws the same items.")
 
 
@@ -91,7 +93,9 @@ class _Asked(_Body):
         description="What the user likes, in words; for a model trained on preferences.",
     )
     ignore_unknown: bool = Field(
-        default=False, description="Skip ids that the catalog does not hold, instead of refusing the request."
+        default=False,
+        strict=True,
+        description="Skip ids that the catalog does not hold, instead of refusing the request.",
     )
     adapter: Name | None = Field(default=None, description="A LoRA adapter of the server; default: the model itself.")
     catalog: Name | None = Field(default=None, description="One of the server's catalogs; default: the first.")
@@ -131,7 +135,9 @@ class RecommendRequest(_Asked):
         strict=True,
         description="Beams of the search; at least k are used. More find better items, at more cost.",
     )
-    exclude_seen: bool = Field(default=True, description="Whether items of the history are no candidates.")
+    exclude_seen: bool = Field(
+        default=True, strict=True, description="Whether items of the history are no candidates."
+    )
     filters: dict[Name, Condition] = Field(
         default_factory=dict, max_length=MAX_FILTERS, description="Conditions on the items' attributes, by name."
     )
@@ -155,7 +161,9 @@ class RecommendRequest(_Asked):
     )
     prefix_cap: PrefixCap | None = Field(default=None, description="For variety: a cap on items of one branch.")
     sampling: Sampling | None = Field(default=None, description="For variety: draw items instead of the best.")
-    explain: bool = Field(default=False, description="Add each item's semantic ID and the log-probability per level.")
+    explain: bool = Field(
+        default=False, strict=True, description="Add each item's semantic ID and the log-probability per level."
+    )
 
 
 class RecommendBatch(_Body):
@@ -174,7 +182,7 @@ class SearchRequest(_Body):
     adapter: Name | None = None
     catalog: Name | None = None
     deadline_ms: int | None = Field(default=None, ge=1, le=600_000, strict=True)
-    explain: bool = False
+    explain: bool = Field(default=False, strict=True)
 
 
 class ScoreRequest(_Asked):

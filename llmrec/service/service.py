@@ -176,7 +176,7 @@ class Service:
         begin = time.perf_counter()
         with ExitStack() as pins:
             served, rows = self._pinned(request, pins, {})
-            async with self._within(request.deadline_ms):
+            async with self._within(self.limits.seconds(request.deadline_ms)):
                 with self._enter([rows]) as (ticket,):
                     prompt, _ = await self._prompt(served, request)
                     search = requests.scoring(served, request, prompt)
@@ -204,7 +204,7 @@ class Service:
     async def items(self, catalog: str | None, search: str, offset: int, limit: int) -> CatalogItems:
         """A page of a catalog's items; raises UnknownCatalogError, and DeadlineError if it takes too long."""
         with self.catalogs.using(catalog) as served:
-            async with self._within(None):
+            async with self._within(self.limits.seconds(None)):
                 loop = asyncio.get_running_loop()
                 return await loop.run_in_executor(self._pages, self.catalogs.page, served, search, offset, limit)
 
@@ -212,7 +212,7 @@ class Service:
         self, asked: Sequence[RecommendRequest | SearchRequest], alone: bool
     ) -> list[RecommendResponse]:
         places = [None if alone else place for place in range(len(asked))]
-        deadlines = [request.deadline_ms for request in asked if request.deadline_ms is not None]
+        seconds = min(self.limits.seconds(request.deadline_ms) for request in asked)
         with ExitStack() as pins:
             known: dict[str, ServedCatalog] = {}
             served, rows = [], []
@@ -221,7 +221,7 @@ class Service:
                     version, count = self._pinned(request, pins, known)
                 served.append(version)
                 rows.append(count)
-            async with self._within(min(deadlines, default=None)):
+            async with self._within(seconds):
                 with self._enter(rows) as tickets:
                     work = [
                         self._answer(place, request, version, ticket)
@@ -303,16 +303,15 @@ class Service:
             )
         with ExitStack() as stack:
             try:
-                tickets = stack.enter_context(self.admission.enter(rows))
+                tickets = stack.enter_context(self.admission.enter(rows, prepared=False))
             except BusyError as error:
                 self.metrics.refused("draining" if isinstance(error, DrainingError) else "busy")
                 raise
             yield tickets
 
     @asynccontextmanager
-    async def _within(self, deadline_ms: int | None) -> AsyncIterator[None]:
-        """Ends what is awaited within, and raises DeadlineError, when the deadline is over."""
-        seconds = self.limits.seconds(deadline_ms)
+    async def _within(self, seconds: float) -> AsyncIterator[None]:
+        """Ends what is awaited within, and raises DeadlineError, when the time is over."""
         try:
             async with asyncio.timeout(seconds) as scope:
                 yield

@@ -251,6 +251,9 @@ class TransformersEngine:
 
     def _mapped(self, name: str) -> TrieTensors:
         if name not in self._tries:
+            # No request names a file that was removed, and what is mapped of it would go on taking its place on disk.
+            for gone in [known for known in self._tries if not self._files.size(known)]:
+                del self._tries[gone]
             try:
                 path = self._files.path(name)
                 self._tries[name] = TrieTensors.map(path, device=self._model.device)

@@ -48,10 +48,13 @@ def users_router() -> APIRouter:
     @router.post(
         "/v1/users/{user_id:user}/events",
         status_code=HTTPStatus.NO_CONTENT,
-        responses=documented(*WITH_BODY, 404, 503),
+        responses=documented(*WITH_BODY, 404, 503, 504),
     )
     async def append(user_id: User, body: AppendRequest, request: Request) -> Response:
-        """Puts events at the end of a user's history, all of them or none; the oldest beyond the store's limit go."""
+        """Puts events at the end of a user's history, all of them or none; the oldest beyond the store's limit go.
+
+        After a 503 nothing was put there. After a 504 nobody knows: read the history before sending them again.
+        """
         await _histories(request).append(_checked(user_id), body.events)
         return Response(status_code=HTTPStatus.NO_CONTENT)
 

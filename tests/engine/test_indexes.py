@@ -43,6 +43,20 @@ def test_the_least_recently_used_is_let_go(tmp_path, monkeypatch):
     assert mapped == list("bcdcb")
 
 
+def test_a_removed_file_is_not_kept_mapped(tmp_path):
+    for name in "abc":
+        save(tmp_path, name, 0)
+    indexes = Indexes(tmp_path, "a")
+    held = indexes.of("b")
+    (tmp_path / "b").unlink()
+    assert indexes.of("b") is held  # until another is mapped: its requests may still be coming
+    indexes.of("c")
+    assert list(indexes._known) == ["c"]
+    with pytest.raises(RequestError):
+        indexes.of("b")
+    assert held.num_leaves == 30
+
+
 @pytest.mark.parametrize(
     "name",
     ["../a", "a/../a", "/etc/passwd", "sub/a", "..", ".", ".hidden", "a\0b", "a\nb", "c:\\a", "a" * 300, "é" * 200],

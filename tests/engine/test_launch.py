@@ -105,7 +105,7 @@ def test_transformers_takes_nothing_of_vllm_s(artefact, options):
         server_command(artefact, backend="transformers", **options)
 
 
-@pytest.mark.parametrize("argument", ["--api-key", "--api-key=s3cret", "--api_key"])
+@pytest.mark.parametrize("argument", ["--api-key", "--api-key=s3cret", "--api_key", "--api-k"])
 def test_a_key_of_vllm_s_own_is_refused(artefact, argument, monkeypatch):
     with pytest.raises(EngineError, match="LLMREC_API_KEY") as error:
         server_command(artefact, extra=[argument, "s3cret"])
@@ -133,6 +133,12 @@ def test_the_index_is_made_before_vllm_is_started(artefact, tmp_path, monkeypatc
     started = []
     monkeypatch.setattr(os, "execve", lambda program, command, environment: started.append((command, environment)))
     command, environment = server_command(artefact, index_folder=tmp_path / "index")
+    left = ("a" * 16, "b" * 16, "c" * 16)
+    stay = [f"{'-'.join(left[:2])}.trie.safetensors", "notes.txt"]
+    go = [f"{'-'.join(left)}.trie.safetensors", f".{'-'.join(left)}.trie.safetensors.17.tmp"]
+    (tmp_path / "index").mkdir()
+    for name in (*stay, *go):  # of a server that was killed
+        (tmp_path / "index" / name).write_text("x")
     for name, said in environment.items():
         monkeypatch.setenv(name, said)
     launch.main(command[len(launch._FIRST) :])
@@ -141,6 +147,7 @@ def test_the_index_is_made_before_vllm_is_started(artefact, tmp_path, monkeypatc
     trie = IndexFiles(given[INDEX_FOLDER]).load(given[INDEX])
     assert trie.num_leaves > 0
     assert given[INDEX_FOLDER] == str(tmp_path / "index")
+    assert {path.name for path in (tmp_path / "index").iterdir()} == {*stay, given[INDEX]}
     assert given[CATALOG_VERSION]
 
 
@@ -211,6 +218,8 @@ def test_serve_without_supervision_starts_once(serve):
         ({"drain_seconds": -1.0}, "no time"),
         ({"drain_seconds": float("inf")}, "no time"),
         ({"history_store": SECRET}, HISTORY_STORE),
+        ({"history_store": "redis://host:6379/0?password=s3cret"}, HISTORY_STORE),
+        ({"history_store": "redis://:s3cret@[host"}, HISTORY_STORE),
     ],
 )
 def test_serve_refuses_what_has_no_sense(artefact, options, said):

@@ -185,7 +185,10 @@ def test_vllm_answers_what_it_has_and_ends(serving):
 
 
 def test_vllm_whatever_is_killed(serving):
-    """One server after another in the place of the one that was killed."""
+    """One server after another in the place of the one that was killed.
+
+    The server itself is the last: that a killed one comes back is shown with transformers, in a tenth of the time.
+    """
     pytest.importorskip("vllm", reason="this environment has no vLLM")
     server = serving("--supervise", *VLLM)
     for kind in ("VLLM::Worker", "VLLM::EngineCore", "server"):
@@ -199,6 +202,8 @@ def test_vllm_whatever_is_killed(serving):
         assert not server.ready
         assert_gone(family)
         assert server.process.poll() is None
+        if kind == "server":
+            return
         server.wait_until_ready()
         assert server.server() != before
         assert server.recommend().status_code == 200

@@ -173,3 +173,30 @@ def test_a_draining_server_takes_nothing_new_and_ends_what_it_has():
         raise AssertionError("it was let in")
     first.release()
     assert waits.running
+
+
+def test_what_is_being_prepared_has_a_place_and_no_rows():
+    admission = Admission(10, 20)
+    told = []
+    admission.changed = lambda running, waiting: told.append((running, waiting))
+
+    async def run():
+        with admission.enter([6, 7], prepared=False) as (first, second):
+            assert (admission.running, admission.waiting, admission.preparing) == (0, 0, 13)
+            with admission.enter([10]) as (other,):  # overtakes them
+                assert other.running
+                with pytest.raises(QueueFullError), admission.enter([8]):
+                    raise AssertionError("23 and 8 are over 30")
+                asking = asyncio.create_task(second.granted())
+                await asyncio.sleep(0)
+                assert (admission.running, admission.waiting, admission.preparing) == (10, 7, 6)
+                with pytest.raises(QueueFullError), admission.enter([8]):
+                    raise AssertionError("13 wait, and 8 more are over 20")
+            await asking  # its turn, though the one before it is not ready
+            assert (second.running, first.running) == (True, False)
+            await second.granted()  # once more changes nothing
+        assert (admission.running, admission.waiting, admission.preparing) == (0, 0, 0)
+
+    asyncio.run(run())
+    assert told[0] == (0, 13)
+    assert told[-1] == (0, 0)

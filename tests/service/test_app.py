@@ -154,6 +154,22 @@ def test_a_body_must_be_said_to_be_json(world):
     assert answer.status_code == 200
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32-le"])
+def test_a_body_in_another_encoding_hides_no_nesting(world, encoding):
+    service = world.service()
+    # In UTF-16 the letter has the byte of a quotation mark, behind which brackets would seem to be text.
+    body = '{"history": ["\u0122"], "filters": ' + "[" * 40 + "]" * 40 + "}"
+    for sent in (body, json.dumps(HISTORY)):
+        answer = asked(
+            service,
+            "POST",
+            "/v1/recommend",
+            content=sent.encode(encoding),
+            headers={"Content-Type": "application/json"},
+        )
+        refused(answer, 400, "JSONError", "UTF-8")
+
+
 def test_nesting_is_bounded_before_parsing(world):
     def nested(depth):
         return b'{"history": ' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}"
@@ -229,6 +245,9 @@ def test_a_body_that_takes_too_long_is_given_up(world):
 
 def test_unknown_places_and_methods(world):
     refused(asked(world.service(), "GET", "/nowhere"), 404, "NotFoundError", "/nowhere")
+    for method, path in (("GET", "/health/"), ("POST", "/v1/recommend/"), ("GET", "/v1/catalog/")):
+        answer = asked(world.service(), method, path, headers={"Host": "elsewhere.example"})
+        refused(answer, 404, "NotFoundError", path)  # and no redirect to where the Host header says
     answer = asked(world.service(), "GET", "/v1/recommend")
     refused(answer, 405, "MethodNotAllowedError")
     assert answer.headers["Allow"] == "POST"

@@ -192,3 +192,19 @@ def test_too_few_candidates_are_refused():
     require(3, 3)
     with pytest.raises(FilterError, match=r"2 item\(s\) may be recommended here, and the request asks for at least 3"):
         require(2, 3)
+
+
+@pytest.mark.parametrize("count", [0, 1, 10, 11, 639, 640])
+def test_the_rows_of_a_narrow_filter_are_known_without_looking_through_the_catalog(count, monkeypatch):
+    mask = np.zeros(640, dtype=bool)
+    rows = np.sort(np.random.default_rng(count).permutation(640)[:count])
+    mask[rows] = True
+    left = Matching(mask)
+    assert left.rows().tolist() == rows.tolist()
+    assert left.holds(np.arange(640)).tolist() == mask.tolist()
+    left.rows()[:] = 7  # a copy
+    assert left.rows().tolist() == rows.tolist()
+    asked = []
+    monkeypatch.setattr(np, "unpackbits", lambda *given, **named: asked.append(given) or np.zeros(640, dtype=bool))
+    left.rows()
+    assert bool(asked) == (count > 10)

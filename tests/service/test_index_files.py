@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,3 +153,8 @@ def test_many_threads_make_one_file(tmp_path):
     assert len(set(found)) == 1
     assert sorted(files.names()) == sorted(found[0])
     assert same(files.load(found[0][0]), TrieTensors.of(catalog))
+
+
+def test_a_file_that_goes_while_it_is_asked_for_has_no_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_file", lambda path: True)  # it was there a moment ago
+    assert IndexFiles(tmp_path).size("gone.trie.safetensors") == 0

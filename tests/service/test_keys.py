@@ -97,6 +97,8 @@ def test_keys_come_from_the_environment_and_from_a_file(tmp_path):
     assert Keys.from_environment({}) is None
     file = tmp_path / "keys"
     file.write_text("second\n\n  third \n")
+    several = Keys.from_environment({"LLMREC_API_KEY": " one\n\ntwo\n"})
+    assert [several.accept(f"Bearer {key}".encode()) for key in ("one", "two", "one\n\ntwo")] == [True, True, False]
     keys = Keys.from_environment({"LLMREC_API_KEY": "first", "LLMREC_API_KEY_FILE": str(file)})
     assert [keys.accept(f"Bearer {key}".encode()) for key in ("first", "second", "third", "fourth", "")] == [
         True,

@@ -96,3 +96,26 @@ def test_a_task_that_hangs_is_not_taken_for_ready():
     assert readiness.reason is None
     now[0] = 101.0
     assert "No recommendation was tried for 101 s" in readiness.reason
+
+
+def test_who_cannot_be_told_does_not_end_the_asking(caplog):
+    canary, told = Canary(), []
+
+    def tell(passed):
+        told.append(passed)
+        if len(told) in (2, 3):
+            raise OSError("a file of metrics is gone")
+
+    readiness = Readiness(canary, 0.001, 0.05, tell)
+
+    async def run():
+        await readiness.start(Canary())
+        async with asyncio.timeout(10.0):
+            while len(told) < 5:
+                await asyncio.sleep(0.002)
+        await readiness.stop()
+
+    with caplog.at_level(logging.ERROR):
+        asyncio.run(run())
+    assert "could not be told" in caplog.text
+    assert readiness.reason is None

@@ -172,17 +172,30 @@ def test_events_of_unknown_items_go_with_them(timeline):
         ("recommend", {"history": ["item-1"]}, "give events"),
         ("recommend", {"history": ["item-1"], "events": []}, "1 items came with 0 events"),
         ("recommend", {"history": ["item-1"], "events": [{"time": 3}]}, "time"),
-        ("recommend", {"history": ["item-1"], "events": [{"timestamp": "Infinity"}]}, "finite"),
+        ("recommend", {"history": ["item-1"], "events": [{"timestamp": 10**400}]}, "valid number"),
+        ("recommend", {"history": ["item-1"], "events": [{"timestamp": "1"}]}, "events[0].timestamp"),
+        ("recommend", {"history": [], "exclude_seen": "no"}, "exclude_seen"),
+        ("recommend", {"history": [], "explain": 1}, "explain"),
+        ("recommend", {"history": [], "ignore_unknown": "true"}, "ignore_unknown"),
+        ("recommend", {"history": [], "filters": {"price": {"min": "1"}}}, "filters.price.min"),
+        ("recommend", {"history": [], "filters": {"price": {"max": True}}}, "filters.price.max"),
+        ("recommend", {"history": [], "sampling": {"temperature": True}}, "sampling.temperature"),
+        ("search", {"query": "a", "explain": "yes"}, "explain"),
         ("recommend", {"text": "   "}, "Give some words"),
-        ("recommend", {"history": [], "min_candidates": 41}, "40 items may be returned"),
+        ("recommend", {"history": [], "min_candidates": 41}, "40 item(s) may be recommended"),
         ("recommend", {"history": [], "filters": {"colour": {"min": 1}}}, "colour"),
+        ("recommend", {"history": [], "allow": [], "prefix_cap": {"levels": 64, "most": 1}}, "first 64 levels"),
         ("recommend", {"history": ["item-1", "nowhere"]}, "'nowhere'"),
         ("recommend", {"history": [], "adapter": "mine"}, "no adapter 'mine'"),
         ("recommend", {"text": "a " * 4_000}, "tokens"),
         ("search", {"query": "  "}, "Give some words"),
         ("search", {"query": "a", "k": 0}, "greater than or equal to 1"),
-        ("score", {"history": [], "items": ["item-1", "lost"]}, "1 item(s) ('lost') are not in the catalog"),
-        ("score", {"history": [], "items": ["item-1", "item-2", "item-1"]}, "('item-1') are named more than once"),
+        ("score", {"history": [], "items": ["item-1", "lost"]}, "1 item(s) ('lost') to score are not in the catalog"),
+        (
+            "score",
+            {"history": [], "items": ["item-1", "item-2", "item-1"]},
+            "('item-1') to score are named more than once",
+        ),
         ("score", {"history": [], "items": []}, "at least 1 item"),
     ],
 )
@@ -191,6 +204,22 @@ def test_what_cannot_be_answered_is_a_refusal_and_no_failure(timeline, path, bod
     assert answer.status_code == 422, answer.text
     assert said in answer.json()["error"]["message"]
     assert answer.json()["error"]["code"] == 422
+
+
+def test_a_cap_that_fits_no_item_never_reaches_those_it_would_be_searched_with(plain):
+    calls, search = [], plain.engine.search
+
+    async def counted(*given):
+        calls.append(given)
+        return await search(*given)
+
+    plain.engine.search = counted
+    try:
+        answer = plain.ask("recommend", history=[], prefix_cap={"levels": 4, "most": 1})
+        assert (answer.status_code, calls) == (422, [])
+        assert plain.ask("recommend", history=[], prefix_cap={"levels": 3, "most": 1}).status_code == 200
+    finally:
+        plain.engine.search = search
 
 
 def test_a_model_without_the_task_says_so(tmp_path):
@@ -220,7 +249,7 @@ def test_retired_items_are_not_scored_but_may_be_in_a_history(tmp_path):
     world = make_world(tmp_path)
     asyncio.run(world.catalogs.swap("main", world.second))
     with world.catalogs.using("main") as served:
-        with pytest.raises(RequestError, match=r"\('item-1'\) are retired"):
+        with pytest.raises(RequestError, match=r"\('item-1'\) to score are retired"):
             requests.scoring(served, ScoreRequest(history=[], items=["item-7", "item-1"]), [1])
         prompt, seen = requests.prompt_of(served.encoder, RecommendRequest(history=["item-1", "item-0", "item-1"]))
         assert seen == [0, 1]

@@ -42,7 +42,7 @@ async def until(true, seconds=5.0):
 def idle(service):
     """Whether nothing of any request is left."""
     admission = service.admission
-    return (admission.running, admission.waiting, service.engine.running) == (0, 0, 0)
+    return (admission.running, admission.waiting, admission.preparing, service.engine.running) == (0, 0, 0, 0)
 
 
 def test_an_answer_is_what_the_engine_found(world):
@@ -232,6 +232,79 @@ def test_a_batch_ends_with_its_shortest_deadline(world):
     batch = RecommendBatch(requests=[one(), one(deadline_ms=50), one(deadline_ms=90_000)])
     with pytest.raises(DeadlineError, match=r"0.05 s"):
         asyncio.run(service.recommend_together(batch))
+    assert idle(service)
+
+
+def test_a_long_deadline_in_a_batch_is_no_longer_one_for_requests_without(world):
+    service = world.service(limits=Limits(deadline_ms=50))
+    world.engine.delay = 60.0
+    batch = RecommendBatch(requests=[one(deadline_ms=90_000), one()])
+    with pytest.raises(DeadlineError, match=r"0.05 s"):
+        asyncio.run(asyncio.wait_for(service.recommend_together(batch), 10.0))
+    assert idle(service)
+
+
+class SlowStore:
+    """A history store that does not answer until it is let."""
+
+    def __init__(self):
+        self.gate, self.asked = asyncio.Event(), 0
+
+    async def read(self, user_id, last):
+        self.asked += 1
+        await self.gate.wait()
+        return []
+
+
+def test_a_slow_history_store_holds_up_nobody_else(world):
+    store = SlowStore()
+    limits = Limits(max_k=10, max_beams=10, max_rows_running=10, max_rows_waiting=20)
+    service = world.service(limits=limits, histories=store)
+
+    async def run():
+        slow = [asyncio.create_task(service.recommend(one(history=None, user_id="ann", k=10))) for _ in range(2)]
+        await until(lambda: store.asked == 2)
+        assert (service.admission.running, service.admission.preparing) == (0, 20)
+        async with asyncio.timeout(10.0):
+            assert len((await service.recommend(one(k=10))).items) == 10
+        # They have their places all the same: no more is taken than could wait for them.
+        third = asyncio.create_task(service.recommend(one(history=None, user_id="ann", k=10)))
+        await until(lambda: store.asked == 3)
+        with pytest.raises(QueueFullError, match="0 beam rows are running and 30 wait"):
+            await service.recommend(one(k=10))
+        service.draining = True  # what was accepted is answered
+        third.cancel()
+        store.gate.set()
+        assert [len(answer.items) for answer in await asyncio.gather(*slow)] == [10, 10]
+        assert world.engine.peak == 10
+        await asyncio.gather(third, return_exceptions=True)
+
+    asyncio.run(run())
+    assert idle(service)
+    assert value(service, "llmrec_beam_rows", state="waiting") == 0
+
+
+def test_a_filter_that_is_being_made_holds_up_nobody_else(world, monkeypatch):
+    service = world.service(limits=Limits(max_k=10, max_beams=10, max_rows_running=10))
+    made, constrain = asyncio.Event(), world.catalogs.constrain
+
+    async def slow(served, filters=None, *given):
+        if filters:
+            await made.wait()
+        return await constrain(served, filters, *given)
+
+    monkeypatch.setattr(world.catalogs, "constrain", slow)
+
+    async def run():
+        filters = {"brand": {"any_of": ["Brand 1"]}}
+        waits = asyncio.create_task(service.recommend(one(k=10, filters=filters)))
+        await until(lambda: service.admission.preparing == 10)
+        async with asyncio.timeout(10.0):
+            await service.recommend(one(k=10))
+        made.set()
+        await waits
+
+    asyncio.run(run())
     assert idle(service)
 
 

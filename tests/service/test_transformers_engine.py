@@ -410,3 +410,14 @@ def test_scores_that_are_no_numbers_find_nothing(tmp_path):
     engine = TransformersEngine(broken.model, tmp_path, IndexFiles(tmp_path).index_of(broken.catalog))
     assert ran(engine.search([1], SearchParameters(k=5, num_beams=8))).rows == []
     engine.close()
+
+
+def test_a_file_that_was_removed_is_not_kept_mapped(made, engine):
+    rng = np.random.default_rng(0)
+    for _ in range(4):  # as after so many swaps
+        part = engine._files.subset_of(engine._index, rng.permutation(40)[:20])
+        assert len(ran(engine.search([1], SearchParameters(k=40, num_beams=40, index=part))).rows) in range(18, 21)
+        engine._files.release(part)
+        assert len(engine._tries) <= 2
+    ran(engine.search([1], SearchParameters(k=1, index=engine._index)))
+    assert list(engine._tries) == [engine._index]
