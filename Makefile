@@ -7,6 +7,7 @@ FLASH_ATTN ?= 1
 FORCE ?=
 QUICKSTART_ARGS ?=
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 
 export LANE PYTHON TORCH_PIP_ARGS FLASH_ATTN FORCE
 MAKEFLAGS += --no-print-directory
@@ -17,6 +18,7 @@ help:
 	@echo 'make quickstart  make the environment, then data -> semantic IDs -> fine-tuning -> evaluation -> HTTP server'
 	@echo '                 QUICKSTART_ARGS="--interactions FILE --items FILE --out DIR" does it for your own files'
 	@echo 'make test        ruff, mypy and pytest (PYTEST_ARGS="-k trie" selects)'
+	@echo '                 TEST_PROCESSES=0 runs one after the other (two take some 8 GB of memory)'
 	@echo 'make lint        ruff and mypy alone'
 	@echo 'make env         the environment alone, in .venv; safe to interrupt and to repeat'
 	@echo '                 LANE=cpu|gpu   PYTHON=python3.12   TORCH_PIP_ARGS="--index-url URL"   FLASH_ATTN=0   FORCE=1'
@@ -36,7 +38,7 @@ lint: env
 
 # pytest comes last, so that its closing line is the run's last.
 test: lint
-	@.venv/bin/python -m pytest $(PYTEST_ARGS)
+	@.venv/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 lock:
 	@bash .ci/lock.sh

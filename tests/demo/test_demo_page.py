@@ -399,7 +399,7 @@ def test_a_server_that_is_away_can_be_tried_again(browser, servers):
         tab.get_by_role("button", name="Ask the server again").click()
         tab.locator("ul.llmrec-list li").first.wait_for()
         assert tab.get_by_role("alert").count() == 0
-        assert tab.get_by_label("A user of the server").is_visible()
+        tab.get_by_label("A user of the server").wait_for()
 
 
 CONTRAST = """() => {

@@ -13,7 +13,7 @@ import torch
 from factories import random_codes
 
 from llmrec.beam import Beams, Draw, PrefixCap, beam_search
-from llmrec.engine.plugin import ARCHITECTURES, INDEX, INDEX_FOLDER
+from llmrec.engine.plugin import ARCHITECTURES, INDEX, INDEX_FOLDER, register
 from llmrec.engine.request import OK, Found, SearchParameters
 from llmrec.trie import CatalogTrie
 from llmrec.trie_tensors import TrieTensors
@@ -261,6 +261,8 @@ def offline(folder: Path, trie: TrieTensors, environment: dict[str, str] | None 
     with engine_environment(folder, trie, **(environment or {})):
         from vllm import LLM
 
+        # vLLM calls plugins once in a process, which an earlier test may have made it do without these variables.
+        register()
         llm = LLM(**engine_settings(folder, **options))
         try:
             yield Offline(llm)
