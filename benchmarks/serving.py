@@ -13,8 +13,8 @@ Four ways to the same question, on one random Llama, the same prompts and machin
 At a concurrency of c the engine answers c clients that each send their next request when they have an answer, and a
 latency is a request's own. The other three are given c prompts at once, and every prompt's latency is the batch's.
 All are run once to warm up. The slow ones are measured up to --slow-widths and --slow-concurrency, because they take
-minutes beyond; ratios are those of throughputs at the same width and concurrency. Prompts come again, and vLLM's prefix
-cache is on for both of its ways, as it is by default.
+minutes beyond; ratios are those of throughputs at the same width and concurrency. Prompts come again, and vLLM's
+prefix cache is on for both of its ways, as it is by default.
 
 Answers are checked as they come: `invalid_rate` is the share of answered rows that are no item of the catalog or were
 excluded, `duplicate_rate` that of rows given twice, `agree` that of places with decode's item. Catalogs of other sizes
