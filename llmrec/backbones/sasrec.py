@@ -1,137 +1,132 @@
-"""SASRec: causal self-attention over a history of items, an item table, and the softmax over all items.
+"""SASRec: causal self-attention over a history of items, as published, as its authors' code has it, and as others
+have improved it: each departure is a flag of `SASRecConfig`.
 
-Source: Kang and McAuley, "Self-Attentive Sequential Recommendation" (2018), arXiv 1808.09781; its equations are named
-where they stand. Knows nothing of users, splits or files of interactions.
+Sources: Kang and McAuley, "Self-Attentive Sequential Recommendation" (2018), arXiv 1808.09781, whose equations are
+named where they stand; LiGR blocks, arXiv 2502.03417, which eSASRec (arXiv 2508.06450) is made of; HSTU's relative
+bias and Llama's residual, arXiv 2412.00714. Knows neither item tables nor losses, users or splits.
 """
 
 import math
-from typing import Any
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers import initialization as init
 
+from llmrec.backbones.attention_cache import AttentionCache, KeysAndValues
+from llmrec.backbones.encoder import SequenceEncoder, check_length, places_of
+from llmrec.backbones.relative_bias import Relations, RelativeBias
+from llmrec.backbones.transformer_block import Block, BlockShape, Surroundings, causal_mask
 from llmrec.exceptions import BackboneError
 
-# Scores that the loss holds at once, 16 MB in float32: small enough for a CPU's cache, large enough for its matmul.
-CHUNK_SCORES = 1 << 22
+RESIDUALS = ("sasrec", "llama")
 
 
 class SASRecConfig(PreTrainedConfig):
-    """Sizes of a SASRec.
+    """Sizes of a SASRec, and its departures from the paper, which the defaults are.
 
     Attributes:
-        num_items: N, the rows of the item table.
         hidden_size: D.
         num_hidden_layers: blocks of self-attention and feed-forward network.
         num_attention_heads: H, of width D / H each.
         max_position_embeddings: the longest history, in items.
+        intermediate_size: width of the feed-forward network. None: D with "relu", as in the paper; 4 D with "gelu";
+            8/3 D with "swiglu", rounded up to a multiple of 8, so that its three matrices weigh as much as two of 4 D.
+        norm: where a block normalises: "pre", the paper's x + g(norm(x)); "authors", as their code does: attention
+            asks with norm(x), reads x itself, and what a block adds is added to norm(x); "post", norm(x + g(x)).
+        residual: "sasrec": LayerNorm, biases in the feed-forward network, no matrix behind the heads; "llama":
+            RMSNorm, a matrix behind the heads, and no biases, with norm "pre".
+        feed_forward: "relu", "gelu" or "swiglu"; None: "relu" with residual "sasrec", "swiglu" with "llama".
+        output_projection: whether a matrix stands behind the heads; None: as `residual` says.
+        gate: whether what a block adds is multiplied by sigmoid(W x + b) of its input x (LiGR, eSASRec).
+        relative_bias: "none", or what `llmrec.backbones.relative_bias.RelativeBias` knows: "position", "time",
+            "position+time", "rope", "rope+time".
+        num_time_buckets: of the time bias.
+        position_embeddings: whether learnt positions are added to the input (equation 1).
         dropout: on the embedded history and on what every block adds.
-        layer_norm_eps: of the layer normalisations.
-        initializer_range: the standard deviation of a new item table and of new positions.
+        attention_dropout: on the attention's weights; the authors' code has `dropout` there too.
+        feed_forward_dropout: inside the feed-forward network; likewise.
+        layer_norm_eps: of the norms.
+        initializer_range: the standard deviation of new positions and relative biases.
     """
 
     model_type = "sasrec"
 
-    num_items: int = 1
     hidden_size: int = 64
     num_hidden_layers: int = 2
     num_attention_heads: int = 1
     max_position_embeddings: int = 50
+    intermediate_size: int | None = None
+    norm: str = "pre"
+    residual: str = "sasrec"
+    feed_forward: str | None = None
+    output_projection: bool | None = None
+    gate: bool = False
+    relative_bias: str = "none"
+    num_time_buckets: int = 128
+    position_embeddings: bool = True
     dropout: float = 0.5
+    attention_dropout: float = 0.0
+    feed_forward_dropout: float = 0.0
     layer_norm_eps: float = 1e-8
     initializer_range: float = 0.02
 
-
-class SelfAttention(nn.Module):
-    """softmax(QKᵀ / √(D/H)) V (equations 2 and 3), heads side by side, without biases or an output projection."""
-
-    def __init__(self, config: SASRecConfig) -> None:
-        super().__init__()
-        self.heads = config.num_attention_heads
-        self.query = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor, allowed: Tensor | None) -> Tensor:
-        """x (B, S, D), allowed (B, 1, S, S) with True where a query may look, or None for causal -> (B, S, D)."""
-        queries, keys, values = (
-            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, S, D / H)
-            for layer in (self.query, self.key, self.value)
+    def block_shape(self) -> BlockShape:
+        """What every block is made of; raises BackboneError for choices that do not go together."""
+        if self.residual not in RESIDUALS:
+            raise BackboneError(f"residual is {self.residual!r}. Choose one of {', '.join(RESIDUALS)}.")
+        llama = self.residual == "llama"
+        if llama and self.norm != "pre":
+            raise BackboneError(
+                f"norm is {self.norm!r} with residual 'llama', which normalises first. Say norm 'pre'."
+            )
+        kind = self.feed_forward or ("swiglu" if llama else "relu")
+        usual = {"relu": self.hidden_size, "gelu": 4 * self.hidden_size}
+        return BlockShape(
+            width=self.hidden_size,
+            heads=self.num_attention_heads,
+            norm=self.norm,
+            rms=llama,
+            eps=self.layer_norm_eps,
+            feed_forward=kind,
+            inner_width=self.intermediate_size or usual.get(kind, 8 * math.ceil(self.hidden_size / 3)),
+            attention_bias=False,
+            feed_forward_bias=not llama,
+            output_projection=llama if self.output_projection is None else self.output_projection,
+            gate=self.gate,
+            relative_bias=self.relative_bias,
+            max_length=self.max_position_embeddings,
+            num_time_buckets=self.num_time_buckets,
+            dropout=self.dropout,
+            attention_dropout=self.attention_dropout,
+            feed_forward_dropout=self.feed_forward_dropout,
         )
-        read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed, is_causal=allowed is None)
-        return read.transpose(1, 2).flatten(-2)
 
 
-class FeedForward(nn.Module):
-    """ReLU(x W₁ + b₁) W₂ + b₂ at every place alike (equation 4); both matrices are D × D."""
+class SASRecModel(SequenceEncoder):
+    """Item representations -> hidden states by blocks of causal self-attention.
 
-    def __init__(self, config: SASRecConfig) -> None:
-        super().__init__()
-        self.inner = nn.Linear(config.hidden_size, config.hidden_size)
-        self.outer = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
-        widened: Tensor = self.outer(F.relu(self.inner(x)))
-        return widened
-
-
-class Block(nn.Module):
-    """x + dropout(g(LayerNorm(x))) for g = attention, then for g = the feed-forward network (section III-C)."""
-
-    def __init__(self, config: SASRecConfig) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = SelfAttention(config)
-        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.feed_forward = FeedForward(config)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, allowed: Tensor | None) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), allowed))
-        added: Tensor = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-        return added
-
-
-class SASRecModel(PreTrainedModel):
-    """Item representations -> hidden states, with an item table that also scores (the paper's shared embedding).
-
-    Blocks are pre-norm, as the paper writes them, with a last LayerNorm behind them. The authors' code differs in two
-    things: there the keys and values of a block are not normalised, and the residual is added to the normalised input.
-    Two departures from the paper: positions count from the oldest item that is there, not from the end of a window of
-    fixed length, so that a later item changes no earlier hidden state and a history may be padded on either side; and
-    the item table is trained by the softmax over all items (`full_softmax_loss`) instead of by one negative.
-
-    `represent`, `forward` and `score` are apart, so that other representations (of texts, say) can enter `forward`.
+    With the default flags blocks are pre-norm, as the paper writes them, with a last norm behind them. One departure
+    from the paper: positions count from the oldest item that is there, not from the end of a window of fixed length,
+    so that a later item changes no earlier hidden state and a history may be padded on either side.
     """
 
     config_class = SASRecConfig
     base_model_prefix = "sasrec"
-    main_input_name = "representations"
     _supports_sdpa = True
 
     def __init__(self, config: SASRecConfig) -> None:
         super().__init__(config)
-        if config.hidden_size % config.num_attention_heads:
-            raise BackboneError(
-                f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads "
-                f"{config.num_attention_heads}. Choose sizes that divide."
-            )
-        self.items = nn.Embedding(config.num_items, config.hidden_size)
-        self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        shape = config.block_shape()
+        self.positions = (
+            nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.position_embeddings else None
+        )
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(config.num_hidden_layers))
+        # A block of the post-norm kind ends with one.
+        self.norm = nn.Identity() if config.norm == "post" else shape.make_norm()
         self.post_init()
-
-    def represent(self, items: Tensor) -> Tensor:
-        """Item rows (B, S) -> their rows of the table (B, S, D). What stands at padded places is never used."""
-        rows: Tensor = self.items(items)
-        return rows
 
     def forward(
         self,
@@ -140,61 +135,112 @@ class SASRecModel(PreTrainedModel):
         timestamps: Tensor | None = None,
         actions: Tensor | None = None,
         domains: Tensor | None = None,
+        next_timestamps: Tensor | None = None,
     ) -> Tensor:
         """The state after every item of a history, which knows that item and those before it.
 
+        Representations are multiplied by √D before the positions are added, as the authors' code does, so that a table
+        of small values is not drowned by them. Timestamps matter to the relative time bias alone, actions and domains
+        not at all. The rest as in `SequenceEncoder.forward`.
+        """
+        return self._read(representations, mask, timestamps, next_timestamps)[0]
+
+    def prefill(
+        self,
+        representations: Tensor,
+        mask: Tensor | None = None,
+        timestamps: Tensor | None = None,
+        next_timestamps: Tensor | None = None,
+    ) -> tuple[Tensor, AttentionCache]:
+        """`forward`, and what `extend` needs to go on from there."""
+        hidden, layers = self._read(representations, mask, timestamps, next_timestamps)
+        if mask is None:
+            mask = torch.ones(representations.shape[:2], dtype=torch.bool, device=representations.device)
+        return hidden, AttentionCache(layers, mask.bool(), timestamps)
+
+    def extend(
+        self,
+        cache: AttentionCache,
+        representations: Tensor,
+        timestamps: Tensor | None = None,
+        next_timestamps: Tensor | None = None,
+        isolated: bool = False,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, AttentionCache]:
+        """The states (B, m, D) of m more items behind each history, equal to those of `forward` on all of it.
+
         Args:
-            representations: (B, S, D), oldest first; multiplied by √D before the positions are added, as the authors'
-                code does, so that a table of small values is not drowned by them.
-            mask: (B, S), true where there is an item; padding may stand on the left or on the right. None: no padding.
-            timestamps: (B, S), not used by SASRec; here for the sake of one interface of all sequence encoders.
-            actions: (B, S), not used.
-            domains: (B, S), not used.
+            cache: of `prefill` or of an earlier `extend`.
+            representations: (B, m, D).
+            timestamps: (B, m), as in `forward`.
+            next_timestamps: (B, m), likewise.
+            isolated: the m are rival continuations (M-FALCON, arXiv 2402.17152): each of them alone follows the
+                history, and stands where the next item would.
+            mask: (B, m), true where there is an item; None: everywhere.
 
         Returns:
-            (B, S, D), zeros at padded places.
+            The states, zeros at padded places; and the cache with the m items, or the given one if isolated.
 
         Raises:
-            BackboneError: if a history has more items than `max_position_embeddings`.
+            BackboneError: if a history gets longer than `max_position_embeddings`.
         """
-        length = representations.shape[1]
-        limit = self.config.max_position_embeddings
-        if length > limit and (longest := length if mask is None else int(mask.sum(dim=1).max())) > limit:
-            raise BackboneError(
-                f"A history holds {longest} items, and this SASRec has positions for {limit}. Keep its last {limit}."
-            )
-        allowed = None
+        if not representations.shape[1]:
+            return representations, cache
         if mask is None:
-            places = torch.arange(length, device=representations.device).expand(representations.shape[:2])
-        else:
+            mask = torch.ones(representations.shape[:2], dtype=torch.bool, device=representations.device)
+        mask = mask.bool()
+        grown = cache.growth(self.config, mask, timestamps, isolated)
+        times = None if grown.timestamps is None else grown.timestamps[:, -mask.shape[1] :]
+        relations = self._relations(grown.places, times, next_timestamps, grown.key_places, grown.timestamps)
+        around = Surroundings(grown.places, grown.allowed, relations)
+        representations = representations.masked_fill(~mask[..., None], 0)
+        hidden, layers = self._encode(representations, around, cache.layers)
+        hidden = hidden.masked_fill(~mask[..., None], 0)
+        return hidden, cache if isolated else AttentionCache(layers, grown.mask, grown.timestamps)
+
+    def _read(
+        self,
+        representations: Tensor,
+        mask: Tensor | None,
+        timestamps: Tensor | None,
+        next_timestamps: Tensor | None,
+    ) -> tuple[Tensor, tuple[KeysAndValues, ...]]:
+        length = representations.shape[1]
+        check_length(self.config, length, mask)
+        if mask is not None:
             mask = mask.bool()
-            places = (mask.cumsum(dim=1) - 1).clamp_min(0)
-            past = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-            # Padding looks at itself: a query that may look nowhere has no softmax.
-            alone = torch.eye(length, dtype=torch.bool, device=mask.device)
-            allowed = ((past & mask[:, None, :]) | alone)[:, None]  # (B, 1, S, S)
             # Not even a NaN that stands at a padded place gets out: a weight of 0 would not stop it.
             representations = representations.masked_fill(~mask[..., None], 0)
-        x = representations * math.sqrt(self.config.hidden_size) + self.positions(places)  # equation 1
+        allowed = causal_mask(mask)
+        if mask is not None and allowed is not None:
+            places = places_of(mask)
+        else:
+            # Padding behind the items may stand beyond the last position there is.
+            places = torch.arange(length, device=representations.device)
+            places = places.clamp_max(self.config.max_position_embeddings - 1)[None]
+        around = Surroundings(places, allowed, self._relations(places, timestamps, next_timestamps))
+        hidden, layers = self._encode(representations, around, (None,) * len(self.blocks))
+        return hidden if mask is None else hidden.masked_fill(~mask[..., None], 0), layers
+
+    def _relations(self, places: Tensor, *others: Tensor | None) -> Relations:
+        """What all blocks' biases are made of; arguments of `RelativeBias.relations`."""
+        if not len(self.blocks):
+            return Relations(None, None)
+        first = cast("Block", self.blocks[0])
+        return first.attention.relative.relations(places, *others)
+
+    def _encode(
+        self, representations: Tensor, around: Surroundings, past: tuple[KeysAndValues | None, ...]
+    ) -> tuple[Tensor, tuple[KeysAndValues, ...]]:
+        x = representations * math.sqrt(self.config.hidden_size)
+        if self.positions is not None:
+            x = x + self.positions(around.places)  # equation 1
         x = self.dropout(x)
-        for block in self.blocks:  # equation 5
-            x = block(x, allowed)
-        x = self.norm(x)
-        states: Tensor = x if mask is None else x.masked_fill(~mask[..., None], 0)
-        return states
-
-    def score(self, hidden: Tensor) -> Tensor:
-        """(…, D) -> (…, N), the product with every row of the item table (equation 6, with the shared table)."""
-        scores: Tensor = hidden @ self.items.weight.T
-        return scores
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The item table."""
-        return self.items
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replaces the item table."""
-        self.items = value
+        layers = []
+        for block, before in zip(self.blocks, past, strict=True):  # equation 5
+            x, kept = block(x, around, before)
+            layers.append(kept)
+        return self.norm(x), tuple(layers)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -202,6 +248,9 @@ class SASRecModel(PreTrainedModel):
             init.xavier_normal_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, RelativeBias):
+            for table in module.parameters():
+                init.normal_(table, std=self.config.initializer_range)
         else:
             super()._init_weights(module)
 
@@ -210,66 +259,3 @@ def register() -> None:
     """Makes AutoConfig and AutoModel know SASRec; may be called again."""
     AutoConfig.register(SASRecConfig.model_type, SASRecConfig, exist_ok=True)
     AutoModel.register(SASRecConfig, SASRecModel, exist_ok=True)
-
-
-def full_softmax_loss(hidden: Tensor, targets: Tensor, table: Tensor, chunk_scores: int = CHUNK_SCORES) -> Tensor:
-    """The mean over tokens of -log softmax(hidden · tableᵀ)[target], without ever holding all T × N scores.
-
-    Equal to `F.cross_entropy(hidden @ table.T, targets)` in value and gradient. Gradients are made in the forward
-    pass, chunk by chunk, so nothing is computed twice; they cannot be differentiated again. Sums are kept in float32
-    at least.
-
-    Args:
-        hidden: (T, D).
-        targets: (T,) rows of the table.
-        table: (N, D).
-        chunk_scores: how many scores are held at once; at least one token's N.
-
-    Raises:
-        BackboneError: if there is no token, or `chunk_scores` is not positive.
-    """
-    if not len(targets) or chunk_scores < 1:
-        raise BackboneError(
-            f"A loss over {len(targets)} tokens with {chunk_scores} scores at once has no value. "
-            "Give at least one of each."
-        )
-    loss: Tensor = _FullSoftmax.apply(hidden, targets, table, max(1, chunk_scores // len(table)))
-    return loss
-
-
-class _FullSoftmax(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, table: Tensor, chunk: int) -> Tensor:
-        exact = torch.promote_types(hidden.dtype, torch.float32)
-        total = hidden.new_zeros((), dtype=exact)
-        for_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for_table = torch.zeros_like(table, dtype=exact) if ctx.needs_input_grad[2] else None
-        for states, wanted, slot in zip(
-            hidden.split(chunk), targets.split(chunk), range(0, len(targets), chunk), strict=True
-        ):
-            scores = (states @ table.T).to(exact)  # (chunk, N)
-            norms = scores.logsumexp(dim=1, keepdim=True)
-            total += (norms - scores.gather(1, wanted[:, None])).sum()
-            if for_hidden is None and for_table is None:
-                continue
-            # The gradient of a token's loss with respect to its scores: softmax - onehot(target).
-            slopes = scores.sub_(norms).exp_()
-            slopes.scatter_add_(1, wanted[:, None], slopes.new_full((len(wanted), 1), -1))
-            slopes = slopes.to(table.dtype) / len(targets)
-            if for_hidden is not None:
-                for_hidden[slot : slot + len(wanted)] = slopes @ table
-            if for_table is not None:
-                for_table += slopes.T @ states
-        ctx.save_for_backward(for_hidden, None if for_table is None else for_table.to(table.dtype))
-        return total / len(targets)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
-        for_hidden, for_table = ctx.saved_tensors
-        return (
-            None if for_hidden is None else for_hidden * slope.to(for_hidden.dtype),
-            None,
-            None if for_table is None else for_table * slope.to(for_table.dtype),
-            None,
-        )

@@ -14,7 +14,8 @@ from llmrec.exceptions import DataError
 if TYPE_CHECKING:
     import torch
 
-    from llmrec.backbones.sasrec import SASRecModel
+    from llmrec.backbones.encoder import SequenceEncoder
+    from llmrec.representations.representation import ItemRepresentation
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,8 @@ def batches_of(windows: Windows, batch_size: int, seed: Sequence[int]) -> Iterat
 
 
 def fit(
-    model: "SASRecModel",
+    items: "ItemRepresentation",
+    encoder: "SequenceEncoder",
     windows: Windows,
     epochs: int,
     batch_size: int = 512,
@@ -99,11 +101,14 @@ def fit(
     seed: int = 0,
     progress: bool = False,
 ) -> list[float]:
-    """Trains `model` in place, where it lies, to predict every item of the windows from those before it.
+    """Trains an item table and an encoder in place, where they lie, to predict every item of the windows from those
+    before it.
 
     Adam at a constant learning rate, the softmax over all N items. Dropout draws from torch's random state.
 
     Args:
+        items: N vectors of width D, both input and output embedding.
+        encoder: a causal one of width D.
         windows: at least one.
         seed: of the batches.
         progress: shows a bar.
@@ -117,24 +122,25 @@ def fit(
     import torch
     from tqdm import tqdm
 
-    from llmrec.backbones.sasrec import full_softmax_loss
+    from llmrec.losses.full_softmax import full_softmax_loss
 
-    device = model.items.weight.device
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    device = encoder.device
+    optimizer = torch.optim.Adam([*items.parameters(), *encoder.parameters()], lr=learning_rate)
     predictions = int(windows.lengths.sum())
     losses: list[float] = []
-    model.train()
+    items.train()
+    encoder.train()
     for epoch in tqdm(range(epochs), desc="SASRec", disable=not progress):
         total = torch.zeros((), device=device)
         for inputs, targets, lengths in batches_of(windows, batch_size, [seed, epoch]):
             mask = torch.from_numpy(np.arange(inputs.shape[1]) < lengths[:, None]).to(device)
-            hidden = model(model.represent(torch.from_numpy(inputs).to(device)), mask)[mask]
+            hidden = encoder(items(torch.from_numpy(inputs).to(device)), mask)[mask]
             wanted = torch.from_numpy(targets).to(device)[mask]
-            loss = full_softmax_loss(hidden, wanted, model.items.weight)
+            loss = full_softmax_loss(hidden, wanted, items.table())
             optimizer.zero_grad()
-            loss.backward()
+            (loss / len(wanted)).backward()
             optimizer.step()
-            total += loss.detach() * (len(wanted) / predictions)
+            total += loss.detach() / predictions
         losses.append(float(total))
         if not math.isfinite(losses[-1]):
             raise DataError(
@@ -142,7 +148,8 @@ def fit(
                 f"{learning_rate:g}."
             )
         logger.info("SASRec: epoch %d of %d, loss %.4f", epoch + 1, epochs, losses[-1])
-    model.eval()
+    items.eval()
+    encoder.eval()
     return losses
 
 
@@ -211,6 +218,7 @@ def sasrec_embeddings(
     import torch
 
     from llmrec.backbones.sasrec import SASRecConfig, SASRecModel
+    from llmrec.representations.id_table import IdTable
 
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
@@ -218,15 +226,14 @@ def sasrec_embeddings(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         config = SASRecConfig(
-            num_items=num_items,
             hidden_size=dim,
             num_hidden_layers=num_layers,
             num_attention_heads=num_heads,
             max_position_embeddings=max_length,
             dropout=dropout,
         )
-        model = SASRecModel(config).to(device)
-        fit(model, windows, epochs, batch_size, learning_rate, seed, progress)
+        items, encoder = IdTable(num_items, dim), SASRecModel(config)
+        fit(items.to(device), encoder.to(device), windows, epochs, batch_size, learning_rate, seed, progress)
     learnt = np.unique(windows.items)
-    vectors[learnt] = model.items.weight.detach().cpu().numpy()[learnt]
+    vectors[learnt] = items.table().detach().cpu().numpy()[learnt]
     return vectors

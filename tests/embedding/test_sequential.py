@@ -11,6 +11,14 @@ from hypothesis import strategies as st
 from llmrec.backbones.sasrec import SASRecConfig, SASRecModel
 from llmrec.embedding.sequential import Windows, batches_of, fit, sasrec_embeddings, windows_of
 from llmrec.exceptions import DataError
+from llmrec.representations.id_table import IdTable
+
+
+def tiny(num_items: int, **sizes: Any) -> tuple[IdTable, SASRecModel]:
+    """A new item table and its encoder."""
+    encoder = SASRecModel(SASRecConfig(**sizes))
+    return IdTable(num_items, encoder.config.hidden_size), encoder
+
 
 SMALL: dict[str, Any] = {"dim": 8, "num_layers": 1, "epochs": 2, "batch_size": 16, "device": "cpu"}
 
@@ -93,28 +101,28 @@ def test_a_chain_is_learnt_to_its_end() -> None:
     # Item i is followed by i + 1 always, so that the loss of a model that has understood is nearly nothing.
     histories = [np.arange(start, start + 5) % 10 for start in range(10)] * 8
     torch.manual_seed(0)
-    model = SASRecModel(SASRecConfig(num_items=10, hidden_size=16, dropout=0.0))
-    losses = fit(model, windows_of(histories, 10, 50), epochs=40, batch_size=64, learning_rate=3e-3)
+    items, encoder = tiny(10, hidden_size=16, dropout=0.0)
+    losses = fit(items, encoder, windows_of(histories, 10, 50), epochs=40, batch_size=64, learning_rate=3e-3)
     assert losses[0] > 2
     assert losses[-1] < 0.05
-    assert not model.training
-    hidden = model(model.represent(torch.tensor([[6, 7, 8]])))
-    assert model.score(hidden)[0].argmax(dim=1).tolist() == [7, 8, 9]
+    assert not encoder.training
+    hidden = encoder(items(torch.tensor([[6, 7, 8]])))
+    assert (hidden @ items.table().T)[0].argmax(dim=1).tolist() == [7, 8, 9]
 
 
 def test_the_first_loss_is_that_of_the_definition() -> None:
     histories = random_histories(3)
     torch.manual_seed(0)
-    model = SASRecModel(SASRecConfig(num_items=12, hidden_size=8, max_position_embeddings=3, dropout=0.0))
+    table_of_items, encoder = tiny(12, hidden_size=8, max_position_embeddings=3, dropout=0.0)
     windows = windows_of(histories, 12, 3)
     expected = []
     with torch.no_grad():
         for start, length in zip(windows.starts, windows.lengths, strict=True):
             items = torch.from_numpy(windows.items[start : start + length + 1])
-            scores = model.score(model(model.represent(items[None, :-1])))[0]
+            scores = (encoder(table_of_items(items[None, :-1])) @ table_of_items.table().T)[0]
             expected += torch.nn.functional.cross_entropy(scores, items[1:], reduction="none").tolist()
     # A learning rate of almost nothing: the epoch's mean loss is that of the weights as they were.
-    (loss,) = fit(model, windows, epochs=1, batch_size=7, learning_rate=1e-12)
+    (loss,) = fit(table_of_items, encoder, windows, epochs=1, batch_size=7, learning_rate=1e-12)
     assert loss == pytest.approx(np.mean(expected), rel=1e-5)
 
 
@@ -126,8 +134,7 @@ def test_every_epoch_has_batches_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
         return batches_of(windows, batch_size, seed)
 
     monkeypatch.setattr("llmrec.embedding.sequential.batches_of", spy)
-    model = SASRecModel(SASRecConfig(num_items=12, hidden_size=4))
-    losses = fit(model, windows_of(random_histories(0), 12, 50), epochs=3, seed=5)
+    losses = fit(*tiny(12, hidden_size=4), windows_of(random_histories(0), 12, 50), epochs=3, seed=5)
     assert seeds == [[5, 0], [5, 1], [5, 2]]
     assert len(losses) == 3
 
@@ -136,8 +143,10 @@ def test_a_model_in_eval_mode_is_trained_with_dropout_all_the_same() -> None:
     losses = []
     for training in (True, False):
         torch.manual_seed(0)
-        model = SASRecModel(SASRecConfig(num_items=12, hidden_size=4, dropout=0.5)).train(training)
-        losses.append(fit(model, windows_of(random_histories(0), 12, 50), epochs=2, batch_size=16))
+        items, encoder = tiny(12, hidden_size=4, dropout=0.5)
+        losses.append(
+            fit(items, encoder.train(training), windows_of(random_histories(0), 12, 50), epochs=2, batch_size=16)
+        )
     assert losses[0] == losses[1]
 
 

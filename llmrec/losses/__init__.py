@@ -1,0 +1,1 @@
+"""What a sequence model is trained with: softmax over all items or sampled ones, and binary cross-entropies."""
