@@ -12,7 +12,7 @@ from typing import Literal
 from llmrec.exceptions import StageError
 
 FOLDERS = ("prompts", "semantic_ids", "train", "serve")
-ACCELERATED = frozenset({"train/sft.py"})
+ACCELERATED = frozenset({"train/sft.py", "train/seqrec.py", "train/rank.py"})
 
 Launcher = Literal["python", "accelerate"]
 

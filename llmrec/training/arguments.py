@@ -1,4 +1,4 @@
-"""The flags of a fine-tuning: transformers' own, with the defaults that fit here, and what llmrec adds."""
+"""The flags of a training: transformers' own, with the defaults that fit here, and what llmrec adds."""
 
 import importlib.util
 import os
@@ -15,12 +15,62 @@ UNNAMED = "trainer_output"  # transformers' word for an output folder that was n
 
 
 @dataclass
-class FineTuningArguments(TrainingArguments):
-    """How a recommender is fine-tuned."""
+class StageArguments(TrainingArguments):
+    """What all trainings here have in common."""
 
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Leave this as it is: a row's task is a column that models do not take."}
+        default=False, metadata={"help": "Leave this as it is: rows have columns that models do not take."}
     )
+    early_stopping: int = field(
+        default=0,
+        metadata={"help": "Stop after so many evaluations without a better metric_for_best_model; 0: never."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.metric_for_best_model and self.greater_is_better is None:
+            # The Trainer goes by the name's end, and takes eval_loss/next_item for something that should be large.
+            self.greater_is_better: bool | None = "loss" not in self.metric_for_best_model
+        super().__post_init__()
+        if self.deepspeed_plugin is not None:
+            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+            # Else ZeRO-3 would split a model as it is made, before its embeddings are extended and its base is saved;
+            # the Trainer splits it later.
+            unset_hf_deepspeed_config()
+        self._check_reports()
+        if self.early_stopping < 0:
+            raise RecipeError(f"early_stopping is {self.early_stopping}. Give 0 or more.")
+        if self.early_stopping and not (self.load_best_model_at_end and self.metric_for_best_model):
+            raise RecipeError(
+                f"early_stopping is {self.early_stopping}, but nothing says which model is the best. "
+                "Set load_best_model_at_end: true and metric_for_best_model: eval_HR@10."
+            )
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise RecipeError(f"--num_train_epochs is {self.num_train_epochs}. Train for more than none.")
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched != self.world_size:
+            raise RecipeError(
+                f"{launched} processes were launched, and each would train for itself: there is no GPU for them. "
+                "Add --use_cpu true to let them work together on the CPU, or launch one process."
+            )
+
+    def _check_reports(self) -> None:
+        """Raises RecipeError for a package of `report_to` that is not installed, before any row is built."""
+        from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+        named = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        known = {"none", "all", "flyte", *get_available_reporting_integrations()}
+        if lacking := sorted(set(named) - known):
+            raise RecipeError(
+                f"--report_to names {lacking[0]}, which is not installed. Install it, or leave it out: the course of "
+                "the training is in log.jsonl and training.html in any case."
+            )
+
+
+@dataclass
+class FineTuningArguments(StageArguments):
+    """How a recommender is fine-tuned."""
+
     new_tokens_epochs: float = field(
         default=0.0,
         metadata={"help": "Epochs of a first stage that trains the new tokens' embeddings alone; 0: no such stage."},
@@ -43,46 +93,16 @@ class FineTuningArguments(TrainingArguments):
             "else folded.",
         },
     )
-    early_stopping: int = field(
-        default=0,
-        metadata={"help": "Stop after so many evaluations without a better metric_for_best_model; 0: never."},
-    )
 
     def __post_init__(self) -> None:
-        if self.metric_for_best_model and self.greater_is_better is None:
-            # The Trainer goes by the name's end, and takes eval_loss/next_item for something that should be large.
-            self.greater_is_better: bool | None = "loss" not in self.metric_for_best_model
         super().__post_init__()
-        if self.deepspeed_plugin is not None:
-            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-            # Else ZeRO-3 would split a model as it is made, before its embeddings are extended and its base is saved;
-            # the Trainer splits it later.
-            unset_hf_deepspeed_config()
-        self._check_reports()
         if self.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
             raise RecipeError(
                 "use_liger_kernel is true, and liger-kernel is not installed; it needs a GPU. "
                 "Install llmrec[gpu] there, or leave it out."
             )
-        if self.early_stopping < 0 or self.new_tokens_epochs < 0:
-            raise RecipeError(
-                f"early_stopping is {self.early_stopping} and new_tokens_epochs {self.new_tokens_epochs}. "
-                "Give 0 or more."
-            )
-        if self.early_stopping and not (self.load_best_model_at_end and self.metric_for_best_model):
-            raise RecipeError(
-                f"early_stopping is {self.early_stopping}, but nothing says which model is the best. "
-                "Set load_best_model_at_end: true and metric_for_best_model: eval_HR@10."
-            )
-        if self.max_steps <= 0 and not self.num_train_epochs > 0:
-            raise RecipeError(f"--num_train_epochs is {self.num_train_epochs}. Train for more than none.")
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched != self.world_size:
-            raise RecipeError(
-                f"{launched} processes were launched, and each would train for itself: there is no GPU for them. "
-                "Add --use_cpu true to let them work together on the CPU, or launch one process."
-            )
+        if self.new_tokens_epochs < 0:
+            raise RecipeError(f"new_tokens_epochs is {self.new_tokens_epochs}. Give 0 or more.")
 
     def check_metric(self, tasks: Sequence[str], ranked: bool) -> None:
         """Raises RecipeError if no evaluation measures `metric_for_best_model`.
@@ -100,18 +120,6 @@ class FineTuningArguments(TrainingArguments):
             raise RecipeError(
                 f"metric_for_best_model is {self.metric_for_best_model!r}, and an evaluation has {', '.join(known)}"
                 f"{'' if ranked else ' (and ranks no users, as --eval_users is 0)'}. Name one of these."
-            )
-
-    def _check_reports(self) -> None:
-        """Raises RecipeError for a package of `report_to` that is not installed, before any row is built."""
-        from transformers.integrations.integration_utils import get_available_reporting_integrations
-
-        named = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
-        known = {"none", "all", "flyte", *get_available_reporting_integrations()}
-        if lacking := sorted(set(named) - known):
-            raise RecipeError(
-                f"--report_to names {lacking[0]}, which is not installed. Install it, or leave it out: the course of "
-                "the training is in log.jsonl and training.html in any case."
             )
 
     def check_tasks(self, tasks: Sequence[str], titles: bool) -> None:

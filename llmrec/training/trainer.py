@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llmrec.exceptions import BackboneError, DataError
 from llmrec.training.batches import Collator, check_restarts, choose_layout
@@ -15,6 +15,7 @@ from llmrec.training.checkpoints import WholeCheckpoints
 from llmrec.training.curve import LOG_FILE, LogLines
 from llmrec.training.head import HeadLoss, LossVocabulary
 from llmrec.training.packing import Bins, EndlessStream, ShareOfRows, ShareOfStream, row_lengths
+from llmrec.training.patience import KeptPatience
 from llmrec.training.ranking import RankingCallback
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class GenerativeTrainer(WholeCheckpoints, Trainer):
+class GenerativeTrainer(KeptPatience, WholeCheckpoints, Trainer):
     """Trains a causal LM on rows of token ids and labels, and loses no time on what no label asks for.
 
     What is another than in transformers' Trainer:
@@ -37,8 +38,8 @@ class GenerativeTrainer(WholeCheckpoints, Trainer):
       `eval_loss/TASK`. All are means over tokens, exact over the whole set and over all processes.
     * Ranking metrics (`RankingCallback`) are part of an evaluation: they are logged with it, and early stopping and
       the choice of the best checkpoint can go by them in any order of the callbacks.
-    * Checkpoints are whole or not there (`WholeCheckpoints`). A training that had ended (its last step, or early
-      stopping) takes no step more when it is resumed, and early stopping goes on with the patience that was left.
+    * Checkpoints are whole or not there (`WholeCheckpoints`); a training that had ended takes no step more when it is
+      resumed, and early stopping keeps its patience (`KeptPatience`).
     * Everything logged is a line of `log.jsonl` in the output folder.
     """
 
@@ -273,33 +274,6 @@ class GenerativeTrainer(WholeCheckpoints, Trainer):
         if self._parameters is None:
             self._parameters = int(self.model.num_parameters(exclude_embeddings=True))
         return 6 * inputs["input_ids"].numel() * self._parameters
-
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; an early stopping begins with all its patience, wherever else it was used before."""
-        for callback in self._early_stoppings():
-            callback.early_stopping_patience_counter = 0
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _load_callback_state(self) -> None:
-        """The patience that an early stopping had left at a checkpoint is what it goes on with."""
-        super()._load_callback_state()
-        stored = self.state.stateful_callbacks.get(EarlyStoppingCallback.__name__, {})
-        for callback in self._early_stoppings():
-            attributes = (stored[0] if isinstance(stored, list) else stored).get("attributes", {})
-            callback.early_stopping_patience_counter = attributes.get("early_stopping_patience_counter", 0)
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """The Trainer's; none where a training had ended that is resumed, of which the Trainer takes a step more."""
-        if self.state.global_step >= self.state.max_steps or any(
-            callback.early_stopping_patience_counter >= callback.early_stopping_patience
-            for callback in self._early_stoppings()
-        ):
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
-
-    def _early_stoppings(self) -> list[EarlyStoppingCallback]:
-        return [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "labels", "task", "rows"]

@@ -1,0 +1,1 @@
+"""Sequence models: item representations, events, an encoder and scores, trained and served as one."""
