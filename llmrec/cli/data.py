@@ -325,3 +325,53 @@ def report(
         json_file, html_file = json_file or out / "report.json", html_file or out / "report.html"
     sources = preparation.Sources(interactions, items, names, timestamp_unit, invalid_rows)
     preparation.report(sources, arguments, seed, seen, json_file, html_file)
+
+
+@app.command()
+def merge(
+    interactions: Annotated[
+        list[str], typer.Argument(metavar="NAME=SOURCE …", help="Two logs or more, each under its domain's name.")
+    ],
+    out: OutFolder,
+    items: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--items", metavar="NAME=SOURCE", help="A domain's table of items; repeat it for others. Else ids alone."
+        ),
+    ] = None,
+    json_file: JsonFile = None,
+    user_column: UserColumn = None,
+    item_column: ItemColumn = None,
+    timestamp_column: TimestampColumn = None,
+    position_column: PositionColumn = None,
+    rating_column: RatingColumn = None,
+    action_column: ActionColumn = None,
+    domain_column: DomainColumn = None,
+    weight_column: WeightColumn = None,
+    title_column: TitleColumn = None,
+    timestamp_unit: TimestampUnit = "auto",
+    invalid_rows: InvalidRows = "error",
+) -> None:
+    """Make one log of several domains, for a model of all of them.
+
+    Users with one id are one user. Where all their times are known, they get one sequence in the order of time. Where
+    some are not, the order between domains is unknown: then they become one user per domain, USER@NAME, who knows what
+    the other domains have but for their last two, so that leave-one-out gives nothing away. Item ids that two domains
+    have begin with their domain's name. Writes DIR/interactions.parquet, DIR/items.parquet and DIR/merging.json.
+
+    Example: `llmrec data merge beauty=beauty.csv sports=sports.csv --out runs/both`
+    """
+    from llmrec.cli import preparation
+
+    names = columns(
+        user=user_column,
+        item=item_column,
+        timestamp=timestamp_column,
+        position=position_column,
+        rating=rating_column,
+        action=action_column,
+        domain=domain_column,
+        weight=weight_column,
+        title=title_column,
+    )
+    preparation.merge(interactions, items or [], out, json_file, names, timestamp_unit, invalid_rows)

@@ -2,9 +2,9 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -150,6 +150,51 @@ def convert(
         _say(console, f"{out}: {len(frame):,} items, {items.missing_titles:,} of them without a title")
 
 
+def merge(
+    logs: Sequence[str],
+    tables: Sequence[str],
+    out: Path,
+    json_file: Path | None,
+    names: ColumnNames,
+    timestamp_unit: TimestampUnit,
+    invalid_rows: Literal["error", "drop"],
+) -> None:
+    """Merges the logs of several domains, and writes interactions.parquet, items.parquet and, last, merging.json.
+
+    Raises:
+        DataError: if the sources cannot be read, do not fit together, or the files cannot be written.
+    """
+    from llmrec.data.merging import merge as merge_all
+
+    console = _console()
+    with _observed() as announce:
+        announce("reading", None)
+        interactions, items, report = merge_all(
+            {
+                name: Interactions.read(source, names, timestamp_unit, invalid_rows)
+                for name, source in _named(logs).items()
+            },
+            {name: Items.read(source, names, invalid_rows) for name, source in _named(tables).items()},
+        )
+        announce("writing", None)
+        with _writing():
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "merging.json").unlink(missing_ok=True)
+            interactions.write(out / "interactions.parquet")
+            items.write(out / "items.parquet")
+            for file in {out / "merging.json", json_file or out / "merging.json"}:
+                write_json(file, asdict(report))
+    for name in report.interactions:
+        counts = f"{report.users[name]:,} users, {report.items[name]:,} items"
+        _say(console, f"{name}: {report.interactions[name]:,} interactions, {counts}")
+    _say(
+        console,
+        f"{report.shared_users:,} users of several domains: {report.merged_users:,} in one sequence by time, "
+        f"{report.separated_users:,} as one user per domain; {report.renamed_items:,} item ids renamed",
+    )
+    _say(console, f"{out}: interactions.parquet ({report.rows:,} rows), items.parquet, merging.json")
+
+
 def split(sources: Sources, arguments: SplitArguments, out: Path, json_file: Path | None) -> None:
     """Splits, and writes train.parquet, valid.parquet, test.parquet and, last, split.json.
 
@@ -210,6 +255,19 @@ def report(
     for file in (json_file, html_file):
         if file is not None:
             _say(console, str(file))
+
+
+def _named(pairs: Sequence[str]) -> dict[str, str]:
+    """`NAME=SOURCE` arguments; raises DataError for one that is none, or a name that comes twice."""
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, sign, source = pair.partition("=")
+        if not (name and sign and source):
+            raise DataError(f"{pair!r} is no NAME=SOURCE. Write such as beauty=beauty.csv.")
+        if name in found:
+            raise DataError(f"The domain {name!r} is given twice. Give each a name of its own.")
+        found[name] = source
+    return found
 
 
 @contextmanager
