@@ -50,6 +50,7 @@ FOREIGN = {
 TRAINER = {
     *("--gradient_checkpointing", "--per_device_train_batch_size", "--gradient_accumulation_steps", "--output_dir"),
     *("--use_cpu", "--report_to", "--save_total_limit", "--max_steps", "--use_liger_kernel"),
+    "--num_train_epochs",
 }
 
 
@@ -78,7 +79,9 @@ def flags() -> set[str]:
     sources = [ROOT / name for name in stage_files() if name.endswith(".py")]
     found |= {"--quick", "--json"}  # of every script in benchmarks/
     owners = [ROOT / f"llmrec/{name}.py" for name in ("backbones/causal_lm", "data/arguments")]
-    owners += [ROOT / f"llmrec/{name}/arguments.py" for name in ("tasks", "training")]
+    owners += [
+        ROOT / f"llmrec/{name}/arguments.py" for name in ("tasks", "training", "sequence", "losses", "study", "ctr")
+    ]
     for source in [*sources, *owners]:
         for name in re.findall(r"^    (\w+): [^=\n]+ = field\(", source.read_text(encoding="utf-8"), re.MULTILINE):
             found |= {f"--{name}", f"--{name.replace('_', '-')}"}

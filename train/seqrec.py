@@ -78,6 +78,7 @@ def main(
     from llmrec.catalog import CATALOG_FOLDER
     from llmrec.catalog_versions import refuse_to_replace
     from llmrec.data.items import Items
+    from llmrec.evaluation.evaluation import check_name
     from llmrec.sequence.histories import LoggedHistories
     from llmrec.sequence.model import SequenceModel, sequence_config
     from llmrec.sequence.trainer import SequenceTrainer
@@ -91,6 +92,8 @@ def main(
     for flags in (data, item, losses):
         flags.check()
     check_metric(training)
+    system = data.system or encoder.encoder
+    check_name(system)
     if item.sparse_gradients and losses.loss == "softmax":
         raise RecipeError(
             "sparse_gradients is true, and the softmax over all items uses every row in every step. Take a sampled "
@@ -135,7 +138,6 @@ def main(
     valid = split.targets("valid")
     drawn = np.random.default_rng(training.seed).permutation(len(valid))
     chosen = np.sort(drawn[: data.eval_users or len(valid)])
-    system = data.system or encoder.encoder
     record = {
         "system": system,
         "data": {name: getattr(data, name) for name in _DATA},

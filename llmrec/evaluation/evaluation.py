@@ -157,6 +157,14 @@ class Evaluation:
         return evaluation, document
 
 
+def check_name(system: str) -> None:
+    """Raises DataError if a system's name cannot name its files."""
+    if not re.fullmatch(r"\w[\w .=+-]*", system):
+        raise DataError(
+            f"{system!r} cannot name a file. Name the system by letters, digits, '_', '-', '.', '=' or '+'."
+        )
+
+
 def evaluate(
     system: str,
     split: Split,
@@ -190,10 +198,7 @@ def evaluate(
         DataError: if the name cannot name a file, there is not exactly one of `recommend` and `scores`, no cut-off or
             no case to rank.
     """
-    if not re.fullmatch(r"\w[\w .=+-]*", system):
-        raise DataError(
-            f"{system!r} cannot name a file. Name the system by letters, digits, '_', '-', '.', '=' or '+'."
-        )
+    check_name(system)
     if (recommend is None) == (scores is None):
         raise DataError(f"{system} is given by both lists and scores, or by neither. Give one of them.")
     if not ks or min(ks) < 1:

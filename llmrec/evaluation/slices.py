@@ -24,6 +24,7 @@ def slices_of(split: Split, part: Part) -> dict[str, Mask]:
       a day the order of a log with day resolution is arbitrary. Neither holds a case of unknown time.
     * `history_1_4`, …, `history_50_`: by the length of the history.
     * `domain=…`, `action=…`: by the target interaction's own; the 20 most frequent.
+    * `other_domain`: the history holds an interaction of another domain than the target's.
 
     All but `cold` and `cold_user` hold headline cases alone (`Split.headline`).
     """
@@ -47,4 +48,24 @@ def slices_of(split: Split, part: Part) -> dict[str, Mask]:
             frequent = values.drop_nulls().value_counts(sort=True)[values.name].head(_MOST_VALUES).to_list()
             for value in sorted(frequent):
                 found[f"{kind}={value}"] = counted & (values == value).fill_null(False).to_numpy()
+    if split.domains is not None:
+        found["other_domain"] = counted & _knows_another(split, part)
     return {name: mask for name, mask in found.items() if mask.any() or name in ALWAYS}
+
+
+def _knows_another(split: Split, part: Part) -> Mask:
+    """(C,) whether a domain before the target, in the user's history, is not the target's; unknown ones are none."""
+    assert split.domains is not None
+    numbers = split.domains.rank("dense").fill_null(0).to_numpy().astype(np.int64)  # 0: unknown
+    places = split.positions[part]
+    # How many known domains, and how many of the target's own, stand before each place.
+    known = np.concatenate([[0], np.cumsum(numbers > 0)])
+    begins = split.offsets[split.case_users(part)]
+    inside = known[places] - known[begins]
+    own = np.zeros(len(places), dtype=np.int64)
+    for number in np.unique(numbers[numbers > 0]):
+        same = numbers[places] == number
+        upto = np.concatenate([[0], np.cumsum(numbers == number)])
+        own[same] = (upto[places] - upto[begins])[same]
+    another: Mask = (numbers[places] > 0) & (inside > own)
+    return another

@@ -259,4 +259,5 @@ def test_the_command_writes_the_log_the_items_and_the_account(tmp_path, monkeypa
     assert items.frame["domain"].to_list() == ["a"] * 4 + ["b"] * 3
     for wrong, message in (("a.csv", "is no NAME=SOURCE"), (sources[0], "'a' is given twice")):
         code, _, errors = call(wrong, *sources, *flags)
+        assert code == 2
         assert message in " ".join(errors.split())

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -82,3 +83,20 @@ def test_without_times_there_is_no_later_day():
     found = slices_of(split, "test")
     assert {name for name, mask in found.items() if mask.any()} == {"cold", "history_1_4"}
     assert set(found) == {"head", "torso", "tail", "cold", "history_1_4"}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_history_that_holds_another_domain_has_a_slice(seed):
+    split = random_split(seed, domain=True)
+    rng = np.random.default_rng(seed)
+    names = rng.choice(["a", "b", "c"], len(split.rows), p=[0.9, 0.07, 0.03]).tolist()
+    names = [None if rng.random() < 0.1 else name for name in names]
+    split = replace(split, domains=pl.Series(names, dtype=pl.String))
+    expected = []
+    for place, user in zip(split.positions["test"].tolist(), split.case_users("test").tolist(), strict=True):
+        before = names[split.offsets[user] : place]
+        expected.append(names[place] is not None and any(name not in (None, names[place]) for name in before))
+    assert slices_of(split, "test")["other_domain"].tolist() == expected
+    assert 0 < sum(expected) < len(expected)
+    alone = replace(split, domains=pl.Series(["a"] * len(names)))
+    assert "other_domain" not in slices_of(alone, "test")

@@ -144,8 +144,9 @@ def test_a_run_that_is_stopped_goes_on(data, tmp_path):
         (["--table_size", "100"], "--table_size"),
         (["--max_history", "0"], "--max_history is 0"),
         (["--encoder", "hstu", "--body", "gpt2"], "--body"),
+        (["--system", "a/b"], "cannot name a file"),
     ],
-    ids=["bias", "text", "action", "metric", "alpha", "table", "history", "body"],
+    ids=["bias", "text", "action", "metric", "alpha", "table", "history", "body", "system"],
 )  # fmt: skip
 def test_what_cannot_be_is_said_at_once(data, tmp_path, flags, said):
     given = ["--interactions", str(data / "log.csv"), "--artefact", str(tmp_path / "artefact"), *flags]
