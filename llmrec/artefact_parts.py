@@ -2,6 +2,7 @@
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
     from llmrec.tasks.templates import Templates
 
-SETTINGS_FILE, PROMPT_FILE = "llmrec.json", "prompt.jinja"
+SETTINGS_FILE, PROMPT_FILE, CONFIG_FILE = "llmrec.json", "prompt.jinja", "config.json"
+# The model_type of an artefact without tokenizer and prompt; named here, so that it is known before torch is loaded.
+SEQUENCE_MODEL = "llmrec_sequence"
 
 # Tasks whose templates turn a history, and one of them whose turn a query, into an item.
 HISTORY_TASKS, SEARCH_TASK = ("next_item", "preference"), "search"
@@ -58,7 +61,68 @@ class Settings:
             )
 
 
-class PromptEncoder:
+class RequestEncoder(ABC):
+    """Requests to what a model reads, as a list of whole numbers: its prompt.
+
+    Attributes:
+        catalog, settings: of the artefact.
+        templates: the prompts of the tasks that the model was trained on, by task and name.
+    """
+
+    catalog: Catalog
+    settings: Settings
+    templates: "Templates"
+
+    @abstractmethod
+    def encode(
+        self,
+        rows: Sequence[int],
+        events: Sequence[Event | Mapping[str, Any]] | None = None,
+        prompt: Any = None,
+        **variables: Any,
+    ) -> list[int]:
+        """The prompt for catalog rows, oldest first, with one event per row; `prompt` is what `prompt_with` gave."""
+
+    @abstractmethod
+    def prompt_with(self, variables: Collection[str]) -> Any:
+        """The prompt that takes variables of these names; raises RequestError if there is none."""
+
+    @abstractmethod
+    def example(self) -> list[int]:
+        """A prompt for trying the model out."""
+
+    @abstractmethod
+    def encode_query(self, query: str) -> list[int]:
+        """The prompt of a search; raises RequestError if the model was not trained to search, or it is empty."""
+
+    @abstractmethod
+    def encode_text(self, text: str) -> list[int]:
+        """The prompt in the caller's own words; raises RequestError if the model reads none, or there are none."""
+
+    def known(
+        self,
+        history: Sequence[str],
+        events: Sequence[Event | Mapping[str, Any]] | None = None,
+        ignore_unknown: bool = False,
+    ) -> tuple[list[int], list[Event | Mapping[str, Any]] | None]:
+        """The rows of item ids, and their events; with `ignore_unknown` without those that the catalog does not hold.
+
+        Raises:
+            UnknownItemError: if an id is unknown and is not ignored.
+            RequestError: if there are not as many events as ids.
+        """
+        rows = self.catalog.rows(history, ignore_unknown)
+        if events is None:
+            return rows, None
+        if len(events) != len(history):
+            raise RequestError(
+                f"{len(history)} items came with {len(events)} events. Give one event per item of the history."
+            )
+        there = [self.catalog.rows([item], ignore_unknown=True) for item in history]
+        return rows, [event for event, found in zip(events, there, strict=True) if found]
+
+
+class PromptEncoder(RequestEncoder):
     """Requests to prompts of token ids; shared by transformers and the server, and alike to what training built."""
 
     def __init__(
@@ -103,28 +167,6 @@ class PromptEncoder:
             for name, value in variables.items()
         }
         return (prompt or self._prompt).encode(self.catalog, recent, self._text, self._start, events, **given)
-
-    def known(
-        self,
-        history: Sequence[str],
-        events: Sequence[Event | Mapping[str, Any]] | None = None,
-        ignore_unknown: bool = False,
-    ) -> tuple[list[int], list[Event | Mapping[str, Any]] | None]:
-        """The rows of item ids, and their events; with `ignore_unknown` without those that the catalog does not hold.
-
-        Raises:
-            UnknownItemError: if an id is unknown and is not ignored.
-            RequestError: if there are not as many events as ids.
-        """
-        rows = self.catalog.rows(history, ignore_unknown)
-        if events is None:
-            return rows, None
-        if len(events) != len(history):
-            raise RequestError(
-                f"{len(history)} items came with {len(events)} events. Give one event per item of the history."
-            )
-        there = [self.catalog.rows([item], ignore_unknown=True) for item in history]
-        return rows, [event for event, found in zip(events, there, strict=True) if found]
 
     def example(self) -> list[int]:
         """A prompt of two items of which nothing more is known, with a word for whatever else the prompt uses."""
@@ -208,3 +250,11 @@ def read_settings(folder: Path) -> Settings:
     """The settings in an artefact's folder; what an older llmrec did not know of has its default."""
     stored = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     return Settings(**{name: value for name, value in stored.items() if name in Settings.__dataclass_fields__})
+
+
+def is_sequence(folder: Path) -> bool:
+    """Whether a folder holds a sequence model's artefact; False also for what is no artefact."""
+    try:
+        return bool(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["model_type"] == SEQUENCE_MODEL)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -40,6 +40,9 @@ class Catalog:
     In text mode an item's "semantic ID" is its title in the backbone's own tokens, see `llmrec.title_spelling`: the
     rows of `codes` are ragged, and filled up with 0, "nothing", whose token id is -1.
 
+    A sequence model knows items by their rows alone (`of_rows`): there is one level, an item's code is its row, and so
+    is its "token".
+
     Attributes:
         items: N mappings with at least "item_id" and "title"; the place in this list is the item's *row*.
         codes: (N, L) int32, unique rows; in text mode L is the length of the longest item.
@@ -51,12 +54,15 @@ class Catalog:
         base_items: how many items its base had (`CatalogVersions`), which have the first rows; without versions, N.
         version: its name among the versions of a living catalog (`CatalogVersions`); without one, its content hash.
         spelling: how titles are spelt in text mode, which gives the codebook sizes and the token ids; else None.
+        features: of the m items behind the base's what a sequence model makes their vectors of: "vectors" (m, E) or
+            "codes" (m, L), or nothing.
+        is_rows: whether items are known by their rows alone, which give codes, codebook sizes and token ids.
     """
 
     def __init__(
         self,
         items: Sequence[Mapping[str, Any]],
-        codes: npt.NDArray[np.integer],
+        codes: npt.NDArray[np.integer] | None,
         codebook_sizes: Sequence[int] = (),
         token_ids: Sequence[npt.NDArray[np.integer]] | None = None,
         retired: npt.NDArray[np.bool_] | None = None,
@@ -65,6 +71,10 @@ class Catalog:
     ) -> None:
         self.items = list(items)
         self.spelling = spelling
+        self.is_rows = codes is None
+        if codes is None:
+            token_ids = [np.arange(len(self.items))]
+            codebook_sizes, codes = [len(self.items)], token_ids[0][:, None]
         self.codes: npt.NDArray[np.int32] = np.ascontiguousarray(codes, dtype=np.int32)
         if spelling is not None:
             spelling.check(self.codes)
@@ -85,6 +95,7 @@ class Catalog:
             )
         self._version = version
         self.base_items = len(self.items)
+        self.features: Mapping[str, npt.NDArray[Any]] = {}
         try:
             self._rows = {str(item["item_id"]): row for row, item in enumerate(self.items)}
         except KeyError as error:
@@ -108,6 +119,15 @@ class Catalog:
                     f"{len(self.items)} items have retirement marks of shape {np.shape(retired)}. Give one per item."
                 )
             self.retired |= np.asarray(retired, dtype=bool)
+
+    @classmethod
+    def of_rows(cls, items: Sequence[Mapping[str, Any]], retired: npt.NDArray[np.bool_] | None = None) -> Self:
+        """A catalog whose items are known by their rows alone, as a sequence model's are.
+
+        >>> Catalog.of_rows([{"item_id": "a"}, {"item_id": "b"}]).codes.tolist()
+        [[0], [1]]
+        """
+        return cls(items, None, retired=retired)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -251,7 +271,13 @@ class Catalog:
                 f"{len(items)} new items were given codes of {found.dtype} in the shape {found.shape}. "
                 f"Give whole numbers, ({len(items)}, {self.num_levels})."
             )
-        if not self.is_text and found.size and (found.min() < 0 or (found.max(axis=0) >= self.codebook_sizes).any()):
+        if self.is_rows and not np.array_equal(found[:, 0], len(self) + np.arange(len(items))):
+            raise CatalogError(
+                f"New items of rows from {len(self)} on were given the codes {found[:3, 0].tolist()}, …. "
+                "Give each its row."
+            )
+        bounded = found.size and not (self.is_text or self.is_rows)
+        if bounded and (found.min() < 0 or (found.max(axis=0) >= self.codebook_sizes).any()):
             raise CatalogError(
                 f"New codes reach from {found.min()} to {found.max(axis=0).tolist()}, codebooks have "
                 f"{list(self.codebook_sizes)} entries. Assign codes from this catalog's codebooks."
@@ -277,8 +303,14 @@ class Catalog:
         version: str | None = None,
     ) -> "Catalog":
         """Other items, with codes in tables below one another, in the same codebooks and tokens as this catalog."""
-        whole = stacked(codes) if self.is_text else np.concatenate(codes)
-        return Catalog(items, whole, self.codebook_sizes, self.token_ids, retired, version, self.spelling)
+        if self.is_rows:
+            made = Catalog(items, None, retired=retired, version=version)
+        else:
+            whole = stacked(codes) if self.is_text else np.concatenate(codes)
+            made = Catalog(items, whole, self.codebook_sizes, self.token_ids, retired, version, self.spelling)
+        if len(made) == len(self):
+            made.base_items, made.features = self.base_items, self.features
+        return made
 
     def token_strings(self) -> list[list[str]]:
         """Per level, the K_l strings that spell its codes, such as `<s0_17>`.
@@ -290,10 +322,11 @@ class Catalog:
         return [[f"<s{level}_{code}>" for code in range(size)] for level, size in enumerate(self.codebook_sizes)]
 
     def _require_semantic_ids(self, what: str) -> None:
-        if self.is_text:
+        if self.is_text or self.is_rows:
+            spelt = "known by their rows" if self.is_rows else "spelt as their titles"
             raise CatalogError(
-                f"Items are spelt as their titles, so the catalog cannot {what}. Train on it as it is: the tokenizer "
-                "needs no new tokens."
+                f"Items are {spelt}, so the catalog cannot {what}. Train on it as it is: the tokenizer needs no new "
+                "tokens."
             )
 
     @classmethod
@@ -313,7 +346,7 @@ class Catalog:
         with atomic_path(folder / ITEMS_FILE) as temporary:
             temporary.write_bytes(item_lines(self.items))
         tensors = self.code_tensors()
-        if not self.is_text:
+        if not (self.is_text or self.is_rows):
             tensors |= {f"{TOKEN_IDS}{level}": ids for level, ids in enumerate(self.token_ids or ())}
         if self.retired.any():
             tensors["retired"] = self.retired
@@ -324,6 +357,8 @@ class Catalog:
             described["titles"] = asdict(self.spelling)
         else:
             described["codebook_sizes"] = list(self.codebook_sizes)
+        if self.is_rows:
+            described["rows"] = True
         write_json(folder / CATALOG_FILE, described)
 
     def code_tensors(self, first: int = 0) -> dict[str, npt.NDArray[Any]]:
@@ -345,7 +380,10 @@ class Catalog:
         tensors = read_tensors(folder / CODES_FILE)
         items, sizes = read_items(folder / ITEMS_FILE), described.get("codebook_sizes", ())
         levels = token_ids_in(tensors) or None
-        catalog = cls(items, codes_in(tensors), sizes, levels, tensors.get("retired"), spelling=spelling)
+        if described.get("rows"):
+            catalog = cls.of_rows(items, tensors.get("retired"))
+        else:
+            catalog = cls(items, codes_in(tensors), sizes, levels, tensors.get("retired"), spelling=spelling)
         if catalog.content_hash != described["version"]:
             raise CatalogError(
                 f"The catalog in {folder} has version {catalog.content_hash}, its catalog.json says "

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import save
+from safetensors.numpy import load_file, save
 
 from llmrec import __version__
 from llmrec.catalog import CATALOG_FOLDER, Catalog
@@ -32,6 +32,7 @@ from llmrec.exceptions import ArtefactError, CatalogError
 from llmrec.storage import atomic_folder, sha256_of, write_json
 
 VERSIONS_FOLDER, VERSION_FILE, CURRENT_FILE, LOCK_FILE = "versions", "version.json", "current.json", ".versions.lock"
+FEATURES_FILE = "features.safetensors"  # of the items that a version adds, for models that are given them
 
 _NAME = re.compile("[0-9a-f]{16}")
 _COUNTS, _IDS, _WORDS = ("items", "live", "added"), ("retired", "restored"), ("parent", "catalog", "created", "note")
@@ -86,13 +87,15 @@ class CatalogVersions:
         while at != self.base.version:
             chain.append(self._describe(at))  # a name is a hash of what names the parent: there are no circles
             at = chain[-1]["parent"]
-        items, codes = list(self.base.items), [self.base.codes]
+        items, codes, features = list(self.base.items), [self.base.codes], []
         retired = {self.base.ids[row] for row in np.flatnonzero(self.base.retired)}
         for change in reversed(chain):
             if change["added"]:
                 folder = self._whole(change)
                 items += read_items(folder / ITEMS_FILE)
                 codes.append(codes_in(read_tensors(folder / CODES_FILE)))
+                known = FEATURES_FILE in change["sha256"]
+                features.append(load_file(folder / FEATURES_FILE) if known else {})
             retired = (retired | set(change["retired"])) - set(change["restored"])
         marks = np.zeros(len(items), dtype=bool)
         if retired:
@@ -104,6 +107,7 @@ class CatalogVersions:
                 f"{chain[0]['catalog']}. Restore the folder, or roll back to another version."
             )
         made.base_items = len(self.base)
+        made.features = _joined(features)
         self._loaded = made
         return made
 
@@ -135,7 +139,12 @@ class CatalogVersions:
         return list(self._pointer()["moves"])
 
     def add(
-        self, items: Sequence[Mapping[str, Any]], codes: npt.NDArray[np.integer], note: str = "", parent: str = ""
+        self,
+        items: Sequence[Mapping[str, Any]],
+        codes: npt.NDArray[np.integer],
+        note: str = "",
+        parent: str = "",
+        features: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> str:
         """New items (M) with codes (M, L) of their own, such as `quantization.assignment.assign` gives.
 
@@ -144,16 +153,20 @@ class CatalogVersions:
             codes: (M, L).
             note: for the log.
             parent: the version that the codes were made for; if another one is current by now they may collide.
+            features: arrays with a row per item, see `Catalog.features`.
 
         Returns:
             The new version, which is now current.
 
         Raises:
-            CatalogError: if there are no items, one is there already, a code is taken, or `parent` is not current any
-                more.
+            CatalogError: if there are no items, one is there already, a code is taken, there are not as many features,
+                or `parent` is not current any more.
         """
         if not len(items):
             raise CatalogError("No item is to be added. Name at least one.")
+        for name, values in (features or {}).items():
+            if len(values) != len(items):
+                raise CatalogError(f"{len(items)} items have {len(values)} {name}. Give one row per item.")
         with self._change() as current:
             if parent and parent != current.version:
                 raise CatalogError(
@@ -161,7 +174,10 @@ class CatalogVersions:
                     "Assign codes again."
                 )
             grown = current.with_items(items, codes)
-            return self._commit(grown, current, note or f"added {len(items)} items", added=len(items))
+            before = [current.features] if len(current) > len(self.base) else []
+            grown.features = _joined([*before, features or {}])
+            said = note or f"added {len(items)} items"
+            return self._commit(grown, current, said, added=len(items), features=features)
 
     def retire(self, item_ids: Sequence[str], note: str = "") -> str:
         """Takes items out of what is recommended; they keep their codes. Returns the new version, which is current.
@@ -227,6 +243,7 @@ class CatalogVersions:
         added: int = 0,
         retired: Sequence[str] = (),
         restored: Sequence[str] = (),
+        features: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> str:
         if not (self.folder / CURRENT_FILE).is_file():
             # From now on its absence means that it was lost.
@@ -235,6 +252,8 @@ class CatalogVersions:
         if added:
             files[ITEMS_FILE] = item_lines(catalog.items[-added:])
             files[CODES_FILE] = save(catalog.code_tensors(len(catalog) - added))
+        if features:
+            files[FEATURES_FILE] = save({name: np.ascontiguousarray(values) for name, values in features.items()})
         note = note.encode("utf-8", "replace").decode("utf-8")
         described = {
             "parent": parent.version,
@@ -307,7 +326,7 @@ class CatalogVersions:
     def _whole(self, change: Mapping[str, Any]) -> Path:
         """The folder of a version that adds items, once its files are found to be those that it describes."""
         folder = self._folder(change["version"])
-        for name in (ITEMS_FILE, CODES_FILE):
+        for name in (ITEMS_FILE, CODES_FILE, *({FEATURES_FILE} & change["sha256"].keys())):
             if not (folder / name).is_file() or sha256_of(folder / name) != change["sha256"].get(name):
                 raise ArtefactError(
                     f"{folder / name} is missing or not the file that {VERSION_FILE} describes. "
@@ -347,6 +366,12 @@ def refuse_to_replace(folder: str | Path) -> None:
             f"{folder} holds a catalog with {len(versions)} version(s) beside its base, which would be lost. "
             "Write to another folder, or remove this one first."
         )
+
+
+def _joined(features: Sequence[Mapping[str, npt.NDArray[Any]]]) -> dict[str, npt.NDArray[Any]]:
+    """The features of items that came one version after another; only what is known of all of them."""
+    names = set.intersection(*map(set, features)) if features else set()
+    return {name: np.concatenate([one[name] for one in features]) for name in sorted(names)}
 
 
 def _name_of(description: bytes) -> str:

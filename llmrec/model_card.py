@@ -15,7 +15,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from llmrec.artefact import CALIBRATION_FILE, listed_files
-from llmrec.artefact_parts import PROMPT_FILE
+from llmrec.artefact_parts import PROMPT_FILE, is_sequence
 from llmrec.catalog import CATALOG_FOLDER, Catalog
 from llmrec.catalog_versions import CatalogVersions
 from llmrec.exceptions import ArtefactError, DataError
@@ -57,7 +57,7 @@ def model_card(
         datasets: Hub ids of what it was trained on.
         size: of all files together, in bytes.
         is_calibrated: whether its probabilities of Yes are calibrated.
-        prompt: the served one, whose needs the example meets.
+        prompt: the served one, whose needs the example meets; a sequence model has none.
 
     Raises:
         DataError: if an evaluation is of another split or is none, or the licence or an id is none.
@@ -79,13 +79,14 @@ def model_card(
             )
     front = {
         "library_name": "llmrec",
-        "pipeline_tag": "text-generation",
+        **({} if catalog.is_rows else {"pipeline_tag": "text-generation"}),
         **({} if licence is None else {"license": licence}),
         **({} if base_model is None else {"base_model": base_model}),
         **({"datasets": list(datasets)} if datasets else {}),
         "tags": [
-            *("recommender-system", "generative-recommendation"),
-            *(() if catalog.is_text else ("semantic-ids",)),
+            "recommender-system",
+            f"{_kind(catalog)}-recommendation",
+            *(() if catalog.is_text or catalog.is_rows else ("semantic-ids",)),
             "llmrec",
         ],
     }
@@ -93,10 +94,11 @@ def model_card(
     environment = Environment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         front_matter=yaml.safe_dump(front, sort_keys=False, allow_unicode=False),
-        name=_escaped(PurePosixPath(repo_id).name if repo_id else "A generative recommender"),
+        name=_escaped(PurePosixPath(repo_id).name if repo_id else f"A {_kind(catalog)} recommender"),
         repo_id=repo_id if repo_id and _HUB_ID.fullmatch(repo_id) else "user/name",
         architecture=_escaped(_architecture(config)),
         is_text=catalog.is_text,
+        is_rows=catalog.is_rows,
         llmrec=_escaped(str(settings.get("llmrec", "of unknown version"))),
         facts=[(name, _escaped(value)) for name, value in _facts(settings, catalog, base_model, size).items()],
         data=[_escaped(line) for line in _data(settings, catalog, datasets)],
@@ -152,7 +154,7 @@ def card_of(
         datasets=datasets,
         size=sum(files.values()),
         is_calibrated=(folder / CALIBRATION_FILE).is_file(),
-        prompt=Prompt.read(folder / PROMPT_FILE),
+        prompt=None if is_sequence(folder) else Prompt.read(folder / PROMPT_FILE),
     )
 
 
@@ -163,27 +165,36 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return content
 
 
+def _kind(catalog: Catalog) -> str:
+    return "sequential" if catalog.is_rows else "generative"
+
+
 def _architecture(config: Mapping[str, Any]) -> str:
+    if encoder := config.get("encoder"):  # of a sequence model
+        return f"{encoder.get('model_type', 'an encoder')} in a SequenceModel"
     kinds = config.get("architectures") or [config.get("model_type", "a causal language model")]
     return str(kinds[0])
 
 
 def _facts(settings: Mapping[str, Any], catalog: Catalog, base_model: str | None, size: int | None) -> dict[str, str]:
     facts: dict[str, str] = {}
-    if catalog.is_text:
+    if catalog.is_rows:
+        facts["items"] = f"{catalog.num_live:,} to recommend"
+    elif catalog.is_text:
         facts["items"] = f"{catalog.num_live:,} to recommend, each spelt by its title"
     else:
         facts["items"] = f"{catalog.num_live:,} to recommend, each spelt by {catalog.num_levels} codes"
         facts["codebooks"] = " × ".join(map(str, catalog.codebook_sizes))
     facts["catalog"] = catalog.version
-    facts["trained from"] = base_model or "see Training"
+    if base_model or not catalog.is_rows:
+        facts["trained from"] = base_model or "see Training"
     parameters = settings.get("training", {}).get("cost", {}).get("parameters")
     if isinstance(parameters, int):
         facts["parameters"] = f"{parameters / 1e6:,.1f} M"
     if size is not None:
         facts["files"] = f"{size / 1e6:,.1f} MB"
     facts["history"] = f"the {settings.get('max_history')} most recent items"
-    facts["search"] = f"{settings.get('num_beams')} beams"
+    facts["search"] = "every item is scored" if catalog.is_rows else f"{settings.get('num_beams')} beams"
     return facts
 
 

@@ -4,13 +4,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import numpy as np
 import torch
 
 from llmrec import __version__, artefact
-from llmrec.artefact_parts import PROMPT_FILE, SETTINGS_FILE, PromptEncoder, Settings, load_parts
+from llmrec.artefact_parts import (
+    PROMPT_FILE,
+    SETTINGS_FILE,
+    PromptEncoder,
+    RequestEncoder,
+    Settings,
+    is_sequence,
+    load_parts,
+)
 from llmrec.catalog import CATALOG_FOLDER, Catalog
 from llmrec.catalog_versions import refuse_to_replace
 from llmrec.decoding import decode
@@ -76,7 +84,7 @@ class Recommender:
         self.catalog = catalog
         self.prompt = prompt
         self.settings = settings or Settings()
-        self.encoder = PromptEncoder(tokenizer, catalog, prompt, self.settings, templates)
+        self.encoder: RequestEncoder = PromptEncoder(tokenizer, catalog, prompt, self.settings, templates)
         self._trie = TrieTensors.of(catalog, self.settings.softmax, model.device)
 
     @property
@@ -104,6 +112,8 @@ class Recommender:
     ) -> Self:
         """Loads an artefact from a folder or from the Hub, and checks its files against its manifest first.
 
+        Of a sequence model's artefact a `SequenceRecommender` is made, which has the same methods.
+
         Args:
             path_or_repo_id: a folder, or a Hub id.
             revision: branch, tag or commit on the Hub.
@@ -118,6 +128,11 @@ class Recommender:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         folder = artefact.resolve(str(path_or_repo_id), revision)
+        if is_sequence(folder):
+            from llmrec.sequence.recommender import SequenceRecommender
+
+            made: Any = SequenceRecommender.from_pretrained(folder, None, device, dtype, catalog_version)
+            return cast(Self, made)
         loaded = AutoTokenizer.from_pretrained(folder)
         tokenizer, catalog, prompt, settings = load_parts(folder, loaded, catalog_version)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -196,7 +211,7 @@ class Recommender:
             sampling: items are drawn without replacement: `{"temperature": 1.0, "seed": 0}`. They come in the order of
                 the draw.
             text: in the place of a history the whole prompt in plain words.
-            variables: whatever else a prompt of the artefact uses, such as `preference`.
+            variables: whatever else a prompt of the artefact uses, such as `preference`; of a sequence model `target`.
 
         Raises:
             UnknownItemError: if the history names unknown items.

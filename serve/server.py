@@ -51,6 +51,9 @@ class ServeArguments:
     )
     supervise: bool = field(default=False, metadata={"help": "Start the server again whenever it dies."})
     quiet: bool = field(default=False, metadata={"help": "Show the stages of the start, but not the log."})
+    retrieval: Literal["exact", "faiss-flat", "faiss-ivf", "faiss-hnsw"] = field(
+        default="exact", metadata={"help": "How a sequence model's items are found."}
+    )
     log_file: Path | None = field(default=None, metadata={"help": "A file that the log is appended to."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
     vllm_args: list[str] = field(default_factory=list, metadata={"help": "Further arguments for vLLM's own server."})

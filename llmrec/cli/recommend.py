@@ -41,6 +41,10 @@ def command(
             help='JSON, one object per item: `[{"action": "view", "timestamp": 1700000000}]`; may lack keys.'
         ),
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help='JSON, what is known of the event asked for: `{"action": "buy"}`; for a sequence model.'),
+    ] = None,
     filters: Annotated[
         list[str] | None,
         typer.Option(
@@ -71,6 +75,8 @@ def command(
 ) -> None:
     """Recommend the next items after a history, in this process (with transformers; no server).
 
+    The artefact is a language model's or a sequence model's.
+
     Example: `llmrec recommend runs/quickstart/artefact --history P00376,P00064 -k 5 --filter "price<=20" --explain`
 
     Example: `llmrec recommend user/name --history P00376 --preference "fragrance-free, for sensitive skin"`
@@ -80,6 +86,7 @@ def command(
         "explain": explain or None,
         "preference": preference,
         "events": events,
+        "target": target,
         "text": text,
         "num_beams": num_beams,
         "filters": filters,
@@ -111,6 +118,7 @@ def recommend(
     events: str | None = None,
     filters: Sequence[str] = (),
     prefix_cap: str | None = None,
+    target: str | None = None,
     **more: Any,
 ) -> None:
     """Prints `k` items to follow `history` (item ids, oldest first).
@@ -122,6 +130,7 @@ def recommend(
         as_json: JSON instead of a table.
         explain: also show semantic IDs and the log-probability of each level.
         events: a JSON list with one object per item of the history: its action, domain and timestamp, each optional.
+        target: a JSON object with some of the attributes of an event.
         filters: conditions as `read_filters` takes them.
         prefix_cap: "LEVELS:MOST".
 
@@ -134,6 +143,8 @@ def recommend(
 
     if events is not None:
         more["events"] = _read_events(events)
+    if target is not None:
+        more["target"] = _read_target(target)
     if prefix_cap is not None:
         more["prefix_cap"] = _read_cap(prefix_cap)
     recommender = Recommender.from_pretrained(artefact, revision=revision)
@@ -187,6 +198,18 @@ def _read_cap(text: str) -> dict[str, int]:
         return {"levels": int(levels), "most": int(most)}
     except ValueError as error:
         raise RequestError(f"The prefix cap is {text[:80]!r}. Write LEVELS:MOST, such as 1:3.") from error
+
+
+def _read_target(text: str) -> dict[str, Any]:
+    try:
+        target = json.loads(text)
+        if not isinstance(target, dict):
+            raise ValueError("no object")
+    except ValueError as error:
+        raise RequestError(
+            f'The target {text[:80]!r} cannot be read ({error}). Write a JSON object, such as {{"action": "buy"}}.'
+        ) from error
+    return target
 
 
 def _read_events(text: str) -> list[dict[str, Any]]:

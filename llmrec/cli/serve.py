@@ -52,6 +52,7 @@ def serve(
     supervise: bool = False,
     quiet: bool = False,
     log_file: Path | None = None,
+    retrieval: str = "exact",
 ) -> None:
     """Replaces this process by the server's parent, which ends with the server's exit code.
 
@@ -110,6 +111,7 @@ def serve(
         index_folder=index_folder,
         tensor_parallel_size=tensor_parallel_size,
         data_parallel_size=data_parallel_size,
+        retrieval=retrieval,
         launch=launch,
     )
     address = _EVERYWHERE.get(host, host)

@@ -14,7 +14,8 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0 takes a free one.")] = 8000,
     backend: Annotated[
-        Literal["vllm", "transformers"], typer.Option(help="What runs the model; transformers needs no vLLM.")
+        Literal["vllm", "transformers"],
+        typer.Option(help="What runs the model; transformers needs no vLLM, and runs sequence models."),
     ] = "vllm",
     dtype: Annotated[
         str, typer.Option(help="The model's number format: auto, float32, bfloat16 or float16.")
@@ -42,6 +43,10 @@ def serve(
     index_folder: Annotated[
         Path | None, typer.Option(help="Keeps the catalogs' tries for the next start; one server's alone.")
     ] = None,
+    retrieval: Annotated[
+        Literal["exact", "faiss-flat", "faiss-ivf", "faiss-hnsw"],
+        typer.Option(help="How a sequence model's items are found: all looked at, or by an index of faiss."),
+    ] = "exact",
     max_beams: Annotated[int | None, typer.Option(min=1, help="The widest beam that a request may ask for.")] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Beam rows that are searched at once.")] = None,
     max_body_bytes: Annotated[int | None, typer.Option(min=1, help="Bytes of a request's body.")] = None,
@@ -104,6 +109,7 @@ def serve(
         supervise=supervise,
         quiet=quiet,
         log_file=log_file,
+        retrieval=retrieval,
     )
 
 

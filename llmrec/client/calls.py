@@ -50,6 +50,7 @@ class AskedOptions(TypedDict, total=False):
     text: str | None
     events: Sequence[HistoryEvent | Mapping[str, Any]] | None
     preference: str | None
+    target: HistoryEvent | Mapping[str, Any] | None
     ignore_unknown: bool
     adapter: str | None
     catalog: str | None

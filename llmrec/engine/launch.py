@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from llmrec.artefact_parts import read_settings
+from llmrec.artefact_parts import is_sequence, read_settings
 from llmrec.catalog_versions import CatalogVersions
 from llmrec.engine.lora import lora_arguments
 from llmrec.engine.plugin import ARCHITECTURES, CATALOG_VERSION, INDEX, INDEX_FOLDER, LAUNCH, MAX_BEAMS
@@ -68,6 +68,7 @@ def server_command(
     index_folder: str | Path | None = None,
     tensor_parallel_size: int = 1,
     data_parallel_size: int = 1,
+    retrieval: str = "exact",
     launch: str = "",
 ) -> tuple[list[str], dict[str, str]]:
     """The command line and the environment of a server for `artefact`.
@@ -84,7 +85,8 @@ def server_command(
         max_beams: the widest search that a request may ask for.
         name: of the model in `/v1/models`; default: the folder's name.
         extra: further arguments for vLLM, which win.
-        backend: "vllm", or "transformers", which needs no vLLM and has no parallelism.
+        backend: "vllm", or "transformers", which needs no vLLM and has no parallelism. A sequence model is always
+            served by transformers.
         limits: of requests; `max_beams` is not taken from here.
         drain_seconds: what answers in flight may take when the server is stopped.
         catalogs: name -> folder of a catalog or an artefact, the default one first; default: the artefact's own.
@@ -95,6 +97,7 @@ def server_command(
             is made at the start and removed at the end.
         tensor_parallel_size: of vLLM: parts that each layer is split into.
         data_parallel_size: of vLLM: engines that share the requests.
+        retrieval: of a sequence model: "exact", or one of faiss's indexes (`llmrec.sequence.index.Retrieval`).
         launch: what `/ready` repeats.
 
     Raises:
@@ -109,6 +112,7 @@ def server_command(
         catalogs={key: str(folder) for key, folder in (catalogs or {}).items()},
         history_store=os.environ.get(HISTORY_STORE, "") if history_store is None else history_store,
         adapters={key: str(folder) for key, folder in (adapters or {}).items()},
+        retrieval=retrieval,
         drain_seconds=drain_seconds,
         launch=launch,
         limits=replace(limits or Limits(), max_beams=max_beams),
@@ -117,11 +121,14 @@ def server_command(
     environment.pop(HISTORY_STORE, None)
     if index_folder is not None:
         environment[INDEX_FOLDER] = str(index_folder)
-    if backend == "transformers":
+    sequence = is_sequence(artefact)
+    settings.require_kind(artefact.name, sequence)
+    if sequence or backend == "transformers":
         if extra or index_folder is not None or tensor_parallel_size > 1 or data_parallel_size > 1:
             raise RequestError(
-                "Arguments for vLLM's server, an index folder or parallelism came with --backend transformers, which "
-                "has none of them. Leave them out, or serve with vLLM."
+                "Arguments for vLLM's server, an index folder or parallelism came with "
+                f"{'a sequence model' if sequence else '--backend transformers'}, which has none of them. Leave them "
+                f"out{'' if sequence else ', or serve with vLLM'}."
             )
         return [*_FIRST, "transformers", str(artefact), host, str(port), dtype], environment
     if "VLLM_API_KEY" in environment or any(_is_key(argument) for argument in extra):

@@ -262,6 +262,27 @@ class EventArguments:
             request_time=self.request_time,
         )
 
+    def check(self, causal: bool, relative_bias: str) -> None:
+        """Raises RecipeError for flags that nothing of such an encoder reads.
+
+        Args:
+            causal: whether it predicts each next item; if not, it is shown what is known of a hidden one.
+            relative_bias: the encoder's; "" for one that has none.
+        """
+        before = "before" in (self.action_tokens, self.domain_tokens)
+        if self.target_action and not (
+            self.action_tokens == "before" or (self.action_tokens == "added" and not causal)
+        ):
+            raise RecipeError(
+                f"--target_action is {self.target_action!r}, and with action_tokens {self.action_tokens} no item is "
+                "asked for under an action. Say --action_tokens before, or leave it out."
+            )
+        if self.request_time and not ("time" in relative_bias or (self.time_features and (before or not causal))):
+            raise RecipeError(
+                "request_time is true, and nothing of this model looks at the time of what is asked for. Give it a "
+                "relative bias of time, or leave it out."
+            )
+
     def weights(self, names: Sequence[str]) -> list[float] | None:
         """What a target counts by the number of its action (0: unknown), or None.
 
@@ -338,6 +359,8 @@ class SequenceArguments:
             raise RecipeError(f"--stride is {self.stride}, more than --max_history {self.max_history}. Give less.")
         if not 1 < self.stochastic_length <= 2:
             raise RecipeError(f"--stochastic_length is {self.stochastic_length}. Give more than 1 and at most 2.")
+        if self.stride and self.windows == "last":
+            raise RecipeError(f"--stride is {self.stride}, and windows 'last' are one of each user. Leave it out.")
         if not 0 < self.hidden_share < 1:
             raise RecipeError(f"--hidden_share is {self.hidden_share}. Give a share between 0 and 1.")
         if not self.ks or min(self.ks) < 1:

@@ -142,6 +142,8 @@ class SequenceModel(PreTrainedModel):
         representations = self.representation(items)
         if hidden is not None:
             representations = self.encoder.hide(representations, hidden)
+            if timestamps is not None and not self.events.request_time:
+                timestamps = timestamps.masked_fill(hidden, UNKNOWN_TIME)
         tokens = self.layout(
             *(representations, mask, timestamps, actions, domains),
             *(next_timestamps, next_actions, next_domains),
@@ -188,14 +190,19 @@ class SequenceModel(PreTrainedModel):
             for own, following, unknown in (
                 (timestamps, next_timestamps if self.events.request_time else None, UNKNOWN_TIME),
                 (actions, next_actions, self.events.action(self.events.target_action)),
-                (domains, next_domains, 0),
+                (domains, next_domains, None),
             ):
                 if own is None:
                     extended.append(None)
                     continue
                 one = _longer(own)
                 last = (ends - 1).clamp_min(0)
-                asked = torch.full_like(ends, unknown) if following is None else following[rows, last]
+                if following is not None:
+                    asked = following[rows, last]
+                elif unknown is None:  # the last item's
+                    asked = own[rows, last].masked_fill(ends == 0, 0)
+                else:
+                    asked = torch.full_like(ends, unknown)
                 one[rows, ends] = self.events.asked(asked) if own is actions else asked
                 extended.append(one)
             found = self(*longer, *extended, hidden=hidden)[rows, ends]
@@ -219,7 +226,9 @@ class SequenceModel(PreTrainedModel):
 
     def _start_loss(self, first_items: Tensor) -> Tensor:
         """0, with the gradient of the first items' softmax loss for the start vector."""
-        logits = self.table().detach().float() @ self.queries(self.start).float()
+        with torch.no_grad():
+            table = self.table()
+        logits = table.float() @ self.queries(self.start).float()
         lost = -logits.log_softmax(dim=0)[first_items].sum()
         return lost - lost.detach()
 

@@ -202,7 +202,8 @@ class EpochLoader(torch.utils.data.DataLoader[Any]):
 def places_of_targets(scores: Tensor, histories: Sequence[Any], targets: np.ndarray) -> tuple[Tensor, Tensor]:
     """Each target's place among all items that are not in its history, from 0, and its negative log-probability.
 
-    Of equal scores the lower row comes first. A target that is in the history has place -1: it is absent.
+    Of equal scores the lower row comes first. A target that is in the history has place -1: it is absent; and so is
+    one among whose scores any is no number, so that a model that broke looks like the worst, not the best.
 
     Args:
         scores: (B, N), written to.
@@ -221,7 +222,7 @@ def places_of_targets(scores: Tensor, histories: Sequence[Any], targets: np.ndar
     earlier = torch.arange(scores.shape[1], device=scores.device) < wanted
     better = (scores > own).sum(dim=1) + ((scores == own) & earlier).sum(dim=1)
     seen = scores.gather(1, wanted)[:, 0] == -math.inf
-    return better.masked_fill(seen, -1), lost
+    return better.masked_fill(seen | lost.isnan(), -1), lost
 
 
 def _as_it_is(batch: Any) -> Any:

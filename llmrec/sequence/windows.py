@@ -111,6 +111,18 @@ class TrainingWindows(torch.utils.data.Dataset[Any]):
     def __len__(self) -> int:
         return len(self.windows)
 
+    def target_counts(self) -> Numbers:
+        """(N,) how often each item can be asked for in an epoch; of a cloze model, how often it can be hidden."""
+        split = self.histories.split
+        asked = np.zeros(len(split.rows), dtype=np.int64)
+        for window in self.windows:
+            asked[window.begin if self.hidden_share > 0 else window.first : window.end] += 1
+        if self.action_weights is not None and "actions" in self.histories.columns:
+            asked[self.action_weights[self.histories.columns["actions"]] == 0] = 0
+        counts = np.zeros(split.num_items, dtype=np.int64)
+        np.add.at(counts, split.rows, asked)
+        return counts
+
     def __getitems__(self, indices: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
         """A whole batch: the arguments of `SequenceModel.forward`, and
 
@@ -129,17 +141,23 @@ class TrainingWindows(torch.utils.data.Dataset[Any]):
         rows, columns = self.histories.split.rows, self.histories.columns
         generator = np.random.default_rng([self.seed, epoch, number])
         cloze = self.hidden_share > 0
-        # A cloze model predicts what stands in the window, its last item included.
+        # A cloze model predicts what stands in the window, its last item included: where a recommendation hides one
+        # behind the longest history, training has to be too.
         length = window.end - window.begin - (0 if cloze else 1)
-        kept = np.arange(max(0, length - self.max_history), length)
+        longest = self.max_history + (1 if cloze else 0)
+        kept = np.arange(length)
         if self.alpha < 2:
-            kept = kept[kept_places(len(kept), self.max_history, self.alpha, generator, self.choice)]
+            kept = kept[kept_places(length, longest, self.alpha, generator, self.choice)]
         places = window.begin + kept
+        following = places + 1
+        if self.histories.events.tokens_before:
+            # A token before an item says under what that item is taken, and so what is asked for by its state.
+            following[:-1] = places[1:]
         found: dict[str, Numbers] = {"items": rows[places].astype(np.int64)}
         for name, column in columns.items():
             found[name] = column[places]
             if not cloze:
-                found[f"next_{name}"] = column[places + 1]
+                found[f"next_{name}"] = column[following]
         if cloze:
             hidden = generator.random(len(places)) < self.hidden_share
             if generator.random() < 0.5 or not hidden.any():
@@ -149,7 +167,7 @@ class TrainingWindows(torch.utils.data.Dataset[Any]):
             asked, taken = hidden, places
             found["hidden"] = hidden.astype(np.int64)
         else:
-            asked, taken = places + 1 >= window.first, places + 1
+            asked, taken = following >= window.first, following
         labels = np.where(asked, rows[taken], IGNORED).astype(np.int64)
         if self.action_weights is not None and "actions" in columns:
             weights = self.action_weights[columns["actions"][taken]]

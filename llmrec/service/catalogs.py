@@ -13,11 +13,11 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from llmrec.artefact_parts import PromptEncoder, Settings
+from llmrec.artefact_parts import PromptEncoder, RequestEncoder, Settings
 from llmrec.catalog import Catalog
 from llmrec.catalog_versions import CatalogVersions
 from llmrec.exceptions import ArtefactError, BusyError, CatalogError, LLMRecError, UnknownCatalogError
@@ -25,7 +25,7 @@ from llmrec.prompt import Prompt
 from llmrec.service.attributes import Attributes
 from llmrec.service.filters import Filters, candidates
 from llmrec.service.index_files import IndexFiles
-from llmrec.service.live_version import LiveVersion, ServedCatalog, folded
+from llmrec.service.live_version import Indexes, LiveVersion, ServedCatalog, folded
 from llmrec.service.schema import CatalogItem, CatalogItems, CatalogState
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 Parts = tuple["PreTrainedTokenizerBase", Prompt, Settings, "Templates"]
 Check = Callable[[ServedCatalog], Awaitable[object]]
+MakeEncoder = Callable[[Catalog], RequestEncoder]
 
 CURRENT = "current"
 _SWAP_SECONDS = 5.0
@@ -81,10 +82,43 @@ class LiveCatalogs:
             CatalogError: if a folder holds no catalog, or a version is not there or is damaged.
             ArtefactError: if a catalog's token ids are not the tokenizer's, or a version's file was altered.
         """
+        tokenizer, prompt, settings, templates = parts
+
+        def encoder_of(catalog: Catalog) -> RequestEncoder:
+            require_tokens(catalog, tokenizer)
+            return PromptEncoder(tokenizer, catalog, prompt, settings, templates)
+
+        self._begin(folders, IndexFiles(index_folder), encoder_of, versions)
+
+    @classmethod
+    def of(
+        cls,
+        folders: Mapping[str, Path],
+        files: Indexes,
+        encoder_of: MakeEncoder,
+        versions: Mapping[str, str] | None = None,
+    ) -> Self:
+        """The catalogs of an engine of another kind.
+
+        Args:
+            folders, versions: as for a language model's.
+            files: where the engine finds what it searches.
+            encoder_of: makes the encoder of a version, or raises CatalogError or ArtefactError if it is of no use.
+        """
+        made = cls.__new__(cls)
+        made._begin(folders, files, encoder_of, versions)
+        return made
+
+    def _begin(
+        self,
+        folders: Mapping[str, Path],
+        files: Indexes,
+        encoder_of: MakeEncoder,
+        versions: Mapping[str, str] | None,
+    ) -> None:
         if not folders:
             raise CatalogError("A server was given no catalog. Name at least one folder.")
-        self.files = IndexFiles(index_folder)
-        self._parts = parts
+        self.files, self._encoder_of = files, encoder_of
         self._folders = {name: CatalogVersions(folder) for name, folder in folders.items()}
         self._swapping: set[str] = set()
         self._now: dict[str, LiveVersion] = {}
@@ -261,15 +295,14 @@ class LiveCatalogs:
 
     def _read(self, name: str, version: str, columns: Sequence[str] = ()) -> ServedCatalog:
         """A version, ready to serve, with these columns of attributes made, as far as it has them."""
-        tokenizer, prompt, settings, templates = self._parts
         catalog = self._folders[name].load(None if version == CURRENT else version)
-        require_tokens(catalog, tokenizer)
+        encoder = self._encoder_of(catalog)
         attributes = Attributes(catalog.items)
         for column in columns:
             if column in attributes.kinds:
                 attributes.column(column)
-        encoder = PromptEncoder(tokenizer, catalog, prompt, settings, templates)
-        return ServedCatalog(name, catalog, encoder, self.files.index_of(catalog, settings.softmax), attributes)
+        index = self.files.index_of(catalog, encoder.settings.softmax)
+        return ServedCatalog(name, catalog, encoder, index, attributes)
 
     def _known(self, name: str | None) -> str:
         if name is None:

@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from llmrec.artefact_parts import PromptEncoder
-from llmrec.catalog import Catalog
+import numpy as np
+import numpy.typing as npt
+
+from llmrec.artefact_parts import RequestEncoder
+from llmrec.catalog import Catalog, Softmax
 from llmrec.service.attributes import Attributes
 from llmrec.service.filters import Filters, Matching, key, matching
-from llmrec.service.index_files import IndexFiles
 
 if TYPE_CHECKING:
     import polars as pl
@@ -21,6 +23,29 @@ if TYPE_CHECKING:
 # A filter that leaves at most so many items is sent with each request; others become a file that requests share.
 INLINE_ROWS = 1_000
 MAX_PARTS, MAX_PART_BYTES = 64, 4 << 30
+
+
+class Indexes(Protocol):
+    """Where an engine finds what it searches, by name: `IndexFiles` on disk, or a sequence engine's `LiveItems`.
+
+    Whoever asks for a name holds it until it is released as often as it was asked for.
+    """
+
+    def index_of(self, catalog: Catalog, softmax: Softmax = "vocabulary") -> str:
+        """The name of a catalog version's live items, held."""
+        ...
+
+    def subset_of(self, index: str, rows: npt.NDArray[np.int64]) -> str:
+        """The name of a part of a version, held: its live items of these rows alone."""
+        ...
+
+    def size(self, name: str) -> int:
+        """Bytes that a name takes; 0 if it is gone."""
+        ...
+
+    def release(self, name: str, keep: bool = False) -> None:
+        """Gives a name up; the last who does removes what it names, unless it is to be found again (`keep`)."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,13 +56,13 @@ class ServedCatalog:
         name: of the catalog.
         catalog: the version's items.
         encoder: makes prompts of them.
-        index: the file of the version's trie, a name in the index folder.
+        index: the name of its live items for the engine (`Indexes`).
         attributes: what filters may name.
     """
 
     name: str
     catalog: Catalog
-    encoder: PromptEncoder
+    encoder: RequestEncoder
     index: str
     attributes: Attributes
 
@@ -77,7 +102,7 @@ class LiveVersion:
         served: what requests see.
     """
 
-    def __init__(self, served: ServedCatalog, files: IndexFiles) -> None:
+    def __init__(self, served: ServedCatalog, files: Indexes) -> None:
         self.served = served
         self._files = files
         self._numbers = itertools.count()

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmrec.artefact_parts import PromptEncoder
+from llmrec.artefact_parts import RequestEncoder
 from llmrec.catalog import Catalog
 from llmrec.engine.request import Found, SearchParameters
 from llmrec.exceptions import EngineError, RequestError
@@ -41,7 +41,7 @@ class Search:
     capped: bool = False
 
 
-def beams_of(request: RecommendRequest | SearchRequest, encoder: PromptEncoder, limits: Limits) -> int:
+def beams_of(request: RecommendRequest | SearchRequest, encoder: RequestEncoder, limits: Limits) -> int:
     """The beams that a request is searched with, at least its k.
 
     Raises:
@@ -53,7 +53,7 @@ def beams_of(request: RecommendRequest | SearchRequest, encoder: PromptEncoder, 
     return check_request(request.k, request.num_beams or encoder.settings.num_beams)
 
 
-def rows_of(request: RecommendRequest | SearchRequest | ScoreRequest, encoder: PromptEncoder, limits: Limits) -> int:
+def rows_of(request: RecommendRequest | SearchRequest | ScoreRequest, encoder: RequestEncoder, limits: Limits) -> int:
     """The beam rows that a request costs.
 
     Raises:
@@ -66,7 +66,7 @@ def rows_of(request: RecommendRequest | SearchRequest | ScoreRequest, encoder: P
 
 
 def prompt_of(
-    encoder: PromptEncoder, request: RecommendRequest | ScoreRequest, stored: Sequence[StoredEvent] | None = None
+    encoder: RequestEncoder, request: RecommendRequest | ScoreRequest, stored: Sequence[StoredEvent] | None = None
 ) -> tuple[list[int], list[int]]:
     """The prompt's token ids, and the catalog rows of the history, ascending.
 
@@ -77,7 +77,7 @@ def prompt_of(
 
     Raises:
         UnknownItemError: if the request's history names items that the catalog does not hold.
-        RequestError: if events do not fit the history, or no prompt has a place for the preference.
+        RequestError: if events do not fit the history, or the model has no place for the preference or the target.
         PromptError: if the prompt shows what was not given.
     """
     if request.text is not None:
@@ -91,7 +91,8 @@ def prompt_of(
         history, ignore = [event.item for event in stored], True
         events = [event.model_dump(exclude={"item"}) for event in stored]
     rows, known = encoder.known(history, events, ignore)
-    said = {} if request.preference is None else {"preference": request.preference}
+    given = {"preference": request.preference, "target": request.target and request.target.model_dump()}
+    said = {name: value for name, value in given.items() if value is not None}
     return encoder.encode(rows, known, encoder.prompt_with(said), **said), sorted(set(rows))
 
 

@@ -92,6 +92,10 @@ class _Asked(_Body):
         max_length=MAX_TEXT,
         description="What the user likes, in words; for a model trained on preferences.",
     )
+    target: HistoryEvent | None = Field(
+        default=None,
+        description="What is known of the event that is asked for: its action, domain and time; for a sequence model.",
+    )
     ignore_unknown: bool = Field(
         default=False,
         strict=True,
@@ -113,8 +117,9 @@ class _Asked(_Body):
             )
         if self.history is None and self.events is not None:
             raise ValueError("Events came without a history. Give one event per item of a history.")
-        if self.text is not None and self.preference is not None:
-            raise ValueError("A preference came with a text, which is the whole prompt. Write it into the text.")
+        for name in ("preference", "target"):
+            if self.text is not None and getattr(self, name) is not None:
+                raise ValueError(f"A {name} came with a text, which is the whole prompt. Write it into the text.")
         return self
 
 

@@ -22,6 +22,7 @@ class ServiceSettings:
             under the name "default".
         history_store: `memory:`, `sqlite:PATH` or `redis://…`; "" for none. A password in it stays off command lines.
         adapters: name -> folder of a LoRA adapter, for engines that load them here; vLLM loads its own.
+        retrieval: how a sequence model's items are found (`llmrec.sequence.index.Retrieval`).
         drain_seconds: what answers in flight may take when the server is stopped.
         launch: `/ready` repeats it, so that whoever started the server knows it for theirs.
         limits: of requests.
@@ -31,6 +32,7 @@ class ServiceSettings:
     catalogs: Mapping[str, str] = field(default_factory=dict)
     history_store: str = ""
     adapters: Mapping[str, str] = field(default_factory=dict)
+    retrieval: str = "exact"
     drain_seconds: float = DEFAULT_DRAIN_SECONDS
     launch: str = ""
     limits: Limits = field(default_factory=Limits)
@@ -38,6 +40,14 @@ class ServiceSettings:
     def named(self, model: str, launch: str) -> Self:
         """The same under other names."""
         return replace(self, model=model, launch=launch)
+
+    def require_kind(self, artefact: str, is_sequence: bool) -> None:
+        """Raises RequestError for adapters to a sequence model, and for another retrieval than "exact" to none."""
+        wrong, other = "adapters", "sequence"
+        if not is_sequence:
+            wrong, other = f"retrieval by {self.retrieval!r}", "language"
+        if self.adapters if is_sequence else self.retrieval != "exact":
+            raise RequestError(f"There is no {wrong} for {artefact!r}, which is a {other} model. Leave it out.")
 
     def environment(self) -> dict[str, str]:
         """The variable that `from_environment` reads."""

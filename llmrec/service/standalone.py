@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrec.artefact import TEMPLATES_FOLDER
-from llmrec.artefact_parts import load_parts
+from llmrec.artefact_parts import is_sequence, load_parts, read_settings
 from llmrec.catalog import CATALOG_FOLDER
 from llmrec.catalog_versions import CatalogVersions
 from llmrec.engine.request import SearchEngine
 from llmrec.exceptions import EngineError
 from llmrec.history_store import open_store
 from llmrec.service.app import build_app
+from llmrec.service.batched_engine import BatchedEngine
 from llmrec.service.catalogs import LiveCatalogs
 from llmrec.service.drain import DEFAULT_DRAIN_SECONDS, DrainingServer
 from llmrec.service.keys import Keys
@@ -59,13 +60,31 @@ def serve_standalone(
     """
     settings = settings or ServiceSettings()
     with tempfile.TemporaryDirectory(prefix="llmrec-index-") as folder:
-        model = load_model(artefact, settings.adapters, dtype, device)
-        engine = TransformersEngine(model, folder)
+        engine = engine_of(artefact, settings, Path(folder), dtype, device)
         try:
             service = service_of(engine, artefact, settings, Path(folder), catalog_version)
             asyncio.run(serve(service, host, port, keys, settings.drain_seconds))
         finally:
             engine.close()
+
+
+def engine_of(
+    artefact: Path, settings: ServiceSettings, index_folder: Path, dtype: str = "auto", device: str | None = None
+) -> BatchedEngine:
+    """The engine of an artefact of either kind; it is the caller's to close.
+
+    Raises:
+        RequestError: if the settings are for a model of the other kind.
+        DependencyError: if faiss is asked for and not installed.
+    """
+    settings.require_kind(artefact.name, is_sequence(artefact))
+    if not is_sequence(artefact):
+        return TransformersEngine(load_model(artefact, settings.adapters, dtype, device), index_folder)
+    from llmrec.sequence.engine import SequenceEngine
+    from llmrec.sequence.recommender import load_model as load_sequence_model
+
+    retrieval: Any = settings.retrieval
+    return SequenceEngine(load_sequence_model(artefact, dtype, device), retrieval)
 
 
 def load_model(artefact: Path, adapters: Mapping[str, str], dtype: str = "auto", device: str | None = None) -> Any:
@@ -103,22 +122,43 @@ def service_of(
     Raises:
         ArtefactError, CatalogError, RequestError: if something cannot be loaded, or a limit does not fit the model.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer, _, prompt, own = load_parts(artefact, AutoTokenizer.from_pretrained(artefact), catalog_version)
     folders = {name: CatalogVersions.inside(folder).folder for name, folder in settings.catalogs.items()}
     folders = folders or {"default": artefact / CATALOG_FOLDER}
-    versions = {} if catalog_version is None else {next(iter(folders)): catalog_version}
-    parts = (tokenizer, prompt, own, load_templates(artefact / TEMPLATES_FOLDER))
     return Service(
         engine=engine,
-        catalogs=LiveCatalogs(folders, parts, index_folder, versions),
+        catalogs=_catalogs(engine, artefact, folders, index_folder, catalog_version),
         model=settings.model or artefact.name,
         histories=open_store(settings.history_store) if settings.history_store else None,
         limits=settings.limits,
         metrics=Metrics(registry, list(folders), engine.adapters),
         launch=settings.launch,
     )
+
+
+def _catalogs(
+    engine: SearchEngine,
+    artefact: Path,
+    folders: Mapping[str, Path],
+    index_folder: Path,
+    catalog_version: str | None,
+) -> LiveCatalogs:
+    """The catalogs, with what makes prompts of them."""
+    versions = {} if catalog_version is None else {next(iter(folders)): catalog_version}
+    if is_sequence(artefact):
+        from llmrec.sequence.engine import SequenceEngine
+        from llmrec.sequence.history_encoder import HistoryEncoder
+
+        assert isinstance(engine, SequenceEngine)
+        settings, events = read_settings(artefact), engine.events
+        return LiveCatalogs.of(
+            folders, engine.items, lambda catalog: HistoryEncoder(catalog, settings, events), versions
+        )
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(artefact)
+    tokenizer, _, prompt, settings = load_parts(artefact, loaded, catalog_version)
+    parts = (tokenizer, prompt, settings, load_templates(artefact / TEMPLATES_FOLDER))
+    return LiveCatalogs(folders, parts, index_folder, versions)
 
 
 async def serve(

@@ -95,6 +95,17 @@ def test_gradients_are_finite_with_empty_histories():
     assert all(torch.isfinite(gradient).all() for gradient in found)
 
 
+def test_a_candidate_has_no_action_token():
+    model, history = tiny_ctr("hstu", "interleaved"), some_events(2)
+    batch = case_tensors([history, some_events(0)], [3, 4], [5, 6], model.config.asked)
+    represented = model.representation(batch["items"])
+    tokens = model.tokens(represented, batch["mask"], batch["timestamps"], batch["actions"])
+    assert tokens.mask.int().tolist() == [[1, 1, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0]]
+    assert torch.equal(tokens.representations[0, 4], represented[0, 2])
+    assert torch.equal(tokens.timestamps[:, ::2], tokens.timestamps[:, 1::2])
+    assert torch.equal(tokens.representations[0, 1], model.actions.weight[history.actions[0]])
+
+
 def test_unknown_items_are_learnt_in_training_alone():
     model = tiny_ctr("sasrec")
     model.config.unknown_rate = 0.999999
