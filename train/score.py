@@ -62,6 +62,8 @@ def main(arguments: ScoreArguments, names: ColumnArguments, splits: SplitArgumen
     from llmrec.evaluation.identifiers import Identifiers
     from llmrec.prompt import EVENT_COLUMNS
     from llmrec.recommender import Recommender
+    from llmrec.sequence.histories import LoggedHistories
+    from llmrec.sequence.recommender import SequenceRecommender
     from llmrec.storage import write_json
     from llmrec.tasks.events import LoggedEvents
 
@@ -76,7 +78,10 @@ def main(arguments: ScoreArguments, names: ColumnArguments, splits: SplitArgumen
         # Items that came after the training have the last rows. They are no part of this log, nor of its candidates.
         ids = ids[:base]
         kept = recommender.catalog.with_retired(range(base, len(recommender.catalog)), True)
-        recommender = Recommender(recommender.model, recommender.tokenizer, kept, recommender.prompt, settings)
+        if isinstance(recommender, SequenceRecommender):
+            recommender = SequenceRecommender(recommender.model, kept, settings)
+        else:
+            recommender = Recommender(recommender.model, recommender.tokenizer, kept, recommender.prompt, settings)
     split = splits.make(interactions, Items.from_frame(pl.DataFrame({ITEM: ids})))
     if split.content_hash != settings.split and not arguments.any_split:
         raise DataError(
@@ -100,11 +105,16 @@ def main(arguments: ScoreArguments, names: ColumnArguments, splits: SplitArgumen
         evaluations.append(
             evaluate(name, split, arguments.part, recommend=model.recommend, ks=arguments.ks, cases=cases, facts=facts)
         )
-    shows_events = bool(recommender.prompt.attributes & set(EVENT_COLUMNS))
-    events = LoggedEvents(split).of_cases(arguments.part, cases) if shows_events else None
     lists: list[list[int]] = []
+    sequence = recommender if isinstance(recommender, SequenceRecommender) else None
+    shows_events = sequence is None and bool(recommender.prompt.attributes & set(EVENT_COLUMNS))
+    events = LoggedEvents(split).of_cases(arguments.part, cases) if shows_events else None
 
     def recommend(histories: Any, k: int) -> list[list[int]]:
+        if sequence is not None:
+            logged = LoggedHistories(split, sequence.model.events).cases(arguments.part, cases)
+            lists[:], _ = sequence.recommend_histories(logged, num_beams, progress=True)
+            return [found[:k] for found in lists]
         rows = [history.tolist() for history in histories]
         # As many items as the search finds anyway: reading them as IDs may need more than k.
         lists[:], _ = recommender.recommend_rows(rows, num_beams, num_beams=num_beams, progress=True, events=events)
@@ -174,6 +184,7 @@ def quantised_codes(recommender: Any) -> Any:
     Codes that were made unique by moving items have no other form: their ID level is the item level.
     """
     codes = recommender.catalog.codes
+    # A sequence model's items have no other ID than themselves.
     quantised = recommender.settings.training.get("semantic_ids", {}).get("arguments", {}).get("num_levels")
     return codes if quantised is None else codes[:, :quantised]
 

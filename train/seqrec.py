@@ -15,8 +15,10 @@ Beside the artefact it writes metrics.json (every epoch's validation and the fin
 checkpoint; `--fresh` begins anew.
 """
 
+import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -28,6 +30,7 @@ from llmrec.script import parser, run
 from llmrec.sequence.arguments import EncoderArguments, EventArguments, ItemArguments, SequenceArguments
 
 if TYPE_CHECKING:
+    import numpy as np
     from trl import TrlParser
 
     from llmrec.backbones.causal_body import CausalBodyModel
@@ -120,6 +123,7 @@ def main(
         item.temperature,
     )
     model = SequenceModel(config)
+    event.check(model.causal, getattr(model.encoder.config, "relative_bias", ""))
     model.representation.set_items(features)
     if encoder.body is not None:
         cast("CausalBodyModel", model.encoder).load_body(encoder.body)
@@ -157,13 +161,16 @@ def main(
         model,
         training,
         windows,
-        losses.build(split.train_counts),
+        losses.build(windows.target_counts()),
         histories.cases("valid", chosen),
         valid[chosen],
         budget=data.tokens_per_batch,
         callbacks=[*stopping(training), shutdown],
     )
-    resume = checkpoint_to_resume(training.output_dir, [record, split.content_hash, config.to_dict()], data.fresh)
+    # What no flag and no hash of the split says: times, actions and domains, texts' vectors and codes.
+    read = digest([*histories.columns.values(), features.vectors, features.codes])
+    described = [record, split.content_hash, config.to_dict(), data.eval_users, read]
+    resume = checkpoint_to_resume(training.output_dir, described, data.fresh)
     if resume is not None:
         logger.info("continuing from %s", resume)
     trained = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -172,6 +179,14 @@ def main(
     if trainer.is_world_process_zero():
         finish(data, split, items, histories, trainer, system, record, float(trained.metrics["train_runtime"]))
     trainer.accelerator.wait_for_everyone()
+
+
+def digest(arrays: "Sequence[np.ndarray | None]") -> str:
+    """A hash of what arrays hold, in order."""
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(b"none" if array is None else f"{array.dtype.str}{array.shape}".encode() + array.tobytes())
+    return found.hexdigest()
 
 
 def check_metric(training: "StageArguments") -> None:
@@ -221,6 +236,7 @@ def finish(
     test = tested(data, split, histories, model, system, record, cost, versions)
     settings = Settings(
         max_history=data.max_history,
+        num_beams=1,  # there are no beams: every item is looked at
         split=split.content_hash,
         protocol=dict(split.protocol),
         training=record | {"evaluations": evaluations, "cost": cost, "versions": versions},

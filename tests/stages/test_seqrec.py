@@ -1,5 +1,6 @@
 """train/seqrec.py as a user runs it, on a ring of items."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -16,9 +17,20 @@ from safetensors.torch import load_file
 
 from llmrec import Recommender
 from llmrec.evaluation.evaluation import Evaluation
-from llmrec.stages import stage_command
+from llmrec.exceptions import LLMRecError
+from llmrec.script import parse
+from llmrec.stages import stage_command, stage_path
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def script():
+    """train/seqrec.py as a module."""
+    spec = importlib.util.spec_from_file_location("seqrec", stage_path("train/seqrec.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +98,13 @@ def test_from_a_log_to_an_artefact_and_its_metrics(data, tmp_path, encoder):
     hits = [rows[one[-1]] in found for one, found in zip(histories["item_id"].to_list(), lists, strict=True)]
     assert np.mean(hits) == pytest.approx(metrics["test"]["HR@10"], abs=1e-9)
     assert len(recommender.catalog) == NUM_ITEMS
+    scored = tmp_path / "scored.json"
+    argv = [sys.executable, "train/score.py", "--artefact", str(artefact), "--out", str(scored)]
+    subprocess.run([*argv, "--interactions", str(data / "log.csv")], check=True, capture_output=True)
+    again = json.loads(scored.read_text())
+    assert again["split"] == metrics["split"]
+    assert again["systems"]["llmrec"]["HR@10"] == pytest.approx(metrics["test"]["HR@10"], abs=1e-9)
+    assert again["invalid_rate"] == again["duplicate_rate"] == 0
 
 
 @pytest.mark.parametrize("config", ["ddp", "fsdp"])
@@ -148,9 +167,9 @@ def test_a_run_that_is_stopped_goes_on(data, tmp_path):
     ],
     ids=["bias", "text", "action", "metric", "alpha", "table", "history", "body", "system"],
 )  # fmt: skip
-def test_what_cannot_be_is_said_at_once(data, tmp_path, flags, said):
+def test_what_cannot_be_is_said_at_once(data, tmp_path, script, flags, said):
     given = ["--interactions", str(data / "log.csv"), "--artefact", str(tmp_path / "artefact"), *flags]
-    done = subprocess.run([sys.executable, "train/seqrec.py", *given], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert said in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+    with pytest.raises(LLMRecError, match=said) as caught:
+        script.main(*parse(script.make_parser(), given))
+    assert str(caught.value).count(". ") >= 1  # what is wrong, and what to do
+    assert not list(tmp_path.iterdir())
