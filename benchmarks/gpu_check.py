@@ -2,10 +2,12 @@
 
     python benchmarks/gpu_check.py [--quick] [--json FILE]
 
-Needs torch, triton, numpy, safetensors and pytest, and the checkout; the package need not be installed. It prints one
-JSON object: per check whether it held and its figures, and ends with 1 if one did not hold, with 2 without a GPU.
+Needs torch, triton, transformers, numpy, safetensors and pytest, and the checkout; the package need not be installed.
+It prints one JSON object: per check whether it held and its figures, and ends with 1 if one did not hold, with 2
+without a GPU.
 
-* kernels:    tests/kernels/in_triton.py: selection to the bit, normalisers, attention in two parts
+* kernels:    tests/kernels/in_triton.py: selection to the bit, normalisers, attention in two parts; and
+              in_triton_hstu.py: HSTU's attention and its gradients, which benchmarks/hstu.py times
 * selection:  benchmarks/selection.py on 10^5 and, without --quick, 2*10^7 items, beside STATIC's way and the goal
 * tiles:      the selection's milliseconds by the kernels' tile and merge sizes: what the constants should be
 * normalizer: log sum exp over the vocabulary, beside torch's, and the bytes it reads a second
@@ -32,10 +34,10 @@ TIMED = 20
 
 
 def kernels(quick: bool) -> dict[str, Any]:
-    path = ROOT / "tests" / "kernels" / "in_triton.py"
+    paths = [str(ROOT / "tests" / "kernels" / name) for name in ("in_triton.py", "in_triton_hstu.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", "-p", "no:cacheprovider", "-W", "ignore"]
     chosen = ["-k", "not compile"]  # they are, to be run
-    done = subprocess.run([*command, *chosen, str(path)], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, *chosen, *paths], cwd=ROOT, capture_output=True, text=True, check=False)
     tail = done.stdout.strip().splitlines()[-1:]
     return {"held": done.returncode == 0, "summary": tail, "output": (done.stdout + done.stderr)[-3000:]}
 

@@ -102,6 +102,11 @@ def main(
             "sparse_gradients is true, and the softmax over all items uses every row in every step. Take a sampled "
             "loss, or leave it out."
         )
+    if item.sparse_gradients and training.world_size > 1 and training.device.type == "cuda":
+        raise RecipeError(
+            f"sparse_gradients is true, and {training.world_size} GPUs cannot add sparse gradients up. Take one "
+            "process, or leave it out."
+        )
     refuse_to_replace(Path(data.artefact) / CATALOG_FOLDER)
     if training.output_dir == UNNAMED:
         training.output_dir = f"{data.artefact.rstrip('/')}.checkpoints"

@@ -114,6 +114,12 @@ class CausalBodyConfig(PreTrainedConfig):
                 f"A width of {width} cannot be shared by {heads} heads of a {self.body}. "
                 "Choose sizes that divide; the heads of a llama have an even width."
             )
+        shared = self.num_key_value_heads
+        if shared is not None and (self.body != "llama" or shared < 1 or heads % shared):
+            raise BackboneError(
+                f"num_key_value_heads is {shared}, and a {self.body} has {heads} heads. "
+                "Choose a number that divides them, for a llama; a gpt2 shares none."
+            )
         sizes: dict[str, Any] = {
             **nothing,
             "hidden_size": width,
@@ -125,7 +131,7 @@ class CausalBodyConfig(PreTrainedConfig):
         if self.body == "llama":
             sizes |= {
                 "intermediate_size": self.intermediate_size or 8 * math.ceil(width / 3),
-                "num_key_value_heads": self.num_key_value_heads or heads,
+                "num_key_value_heads": shared or heads,
                 "head_dim": width // heads,
                 "attention_dropout": self.dropout,
             }
@@ -243,7 +249,7 @@ class CausalBodyModel(SequenceEncoder):
     def _read(self, representations: Tensor, mask: Tensor | None, cache: DynamicCache | None) -> Tensor:
         length = representations.shape[1]
         check_length(self.config, length, mask)
-        if not length:
+        if not representations.numel():
             return representations
         if mask is not None:
             mask = mask.bool()

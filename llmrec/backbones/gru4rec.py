@@ -134,10 +134,11 @@ class GRU4RecModel(SequenceEncoder):
         mask = mask.bool()
         added = mask.sum(dim=1)
         before = torch.zeros_like(added) if cache is None else cache.lengths
-        check_length(self.config, int((before + added).max()), None)
+        if len(mask):
+            check_length(self.config, int((before + added).max()), None)
         old = representations.new_zeros(self.gru.num_layers, len(mask), self.gru.hidden_size)
         old = old if cache is None else cache.states
-        if not mask.shape[1]:
+        if not mask.numel():
             return representations, GRU4RecCache(old, before)
         # Not even a NaN that stands at a padded place gets out: a weight of 0 would not stop it.
         inputs = self.dropout(representations.masked_fill(~mask[..., None], 0))

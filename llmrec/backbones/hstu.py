@@ -354,7 +354,14 @@ def _check(config: HSTUConfig) -> None:
             raise BackboneError(f"{name} is {getattr(config, name)!r}. Choose one of {', '.join(legal)}.")
     if config.concat_ua and not config.gate:
         raise BackboneError("concat_ua needs U, which gate=False leaves out. Set one of them the other way.")
-    for name in ("num_hidden_layers", "num_attention_heads", "qk_dim", "v_dim", "max_position_embeddings"):
+    for name in (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "qk_dim",
+        "v_dim",
+        "max_position_embeddings",
+    ):
         if getattr(config, name) < 1:
             raise BackboneError(f"{name} is {getattr(config, name)}. Use a positive number.")
     if "rope" in config.relative_bias and config.qk_dim % 2:

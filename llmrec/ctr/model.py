@@ -140,6 +140,7 @@ class CTRModel(PreTrainedModel):
                 "predict it. Choose the layout target."
             )
         self.post_init()
+        self.representation.reset_parameters()  # transformers' own draws know nothing of its range
 
     @property
     def labels(self) -> list[str]:

@@ -2,8 +2,8 @@
 
 Equation 2 of HSTU (arXiv 2402.17152): A V = φ(Q Kᵀ + rab^{p,t}) V with φ = SiLU, point by point and divided by a
 length, where Transformers have a softmax. `hstu_attention_reference` is that, written down; `hstu_attention` computes
-it by the Triton kernels of `hstu_kernels` where tensors are on a GPU, and by `hstu_chunks` elsewhere, both with their
-own backward pass and never with all the scores in memory.
+it by Triton kernels (`hstu_launch`) where tensors are on a GPU, and by `hstu_chunks` elsewhere, both with a backward
+pass of their own and never with all the scores in memory.
 
 Letters: B sequences, T items of all of them, H heads, D_qk and D_v widths of one head.
 """

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmrec.backbones.encoder import UNKNOWN_TIME
 from llmrec.backbones.relative_bias import BUCKET_WIDTH, bucket_starts
-from llmrec.kernels import hstu_bias_kernel, hstu_kernels
+from llmrec.kernels import hstu_bias_kernel, hstu_gradient_kernels, hstu_kernels
 from llmrec.kernels.hstu_chunks import Jagged
 
 
@@ -25,8 +25,8 @@ class Tile(NamedTuple):
 # By a head's width (`_width`) and whether there is a bias, which takes registers. benchmarks/hstu.py sweeps them.
 Tiles = dict[tuple[int, bool], Tile]
 ATTEND: Tiles = {
-    **{(0, False): Tile(128, 64, 4, 3), (1, False): Tile(128, 64, 8, 2), (2, False): Tile(64, 32, 4, 2)},
-    **{(0, True): Tile(128, 32, 8, 2), (1, True): Tile(64, 64, 8, 2), (2, True): Tile(64, 32, 8, 2)},
+    **{(0, False): Tile(128, 64, 4, 3), (1, False): Tile(128, 64, 8, 2), (2, False): Tile(64, 32, 8, 1)},
+    **{(0, True): Tile(128, 32, 8, 2), (1, True): Tile(64, 64, 8, 2), (2, True): Tile(64, 32, 8, 1)},
 }
 QUERY_GRADIENTS: Tiles = {
     **{(0, False): Tile(64, 64, 4, 2), (1, False): Tile(64, 64, 4, 2), (2, False): Tile(32, 32, 4, 1)},
@@ -43,7 +43,10 @@ BIAS_GRADIENTS: Tiles = {
 }
 # Programs of `bias_gradients`, about: enough for a large GPU, few enough for what each of them writes.
 BIAS_PROGRAMS = 1024
-_WIDEST = 256
+# The widest head, in bytes: what the smallest tiles have registers and shared memory for.
+_WIDEST = 512
+# Shared memory of one program that the larger tiles take, in bytes: that of GPUs for servers, from the A100 on.
+_SHARED = 160 * 1024
 
 
 def can_run(q: Tensor, v: Tensor) -> bool:
@@ -53,7 +56,7 @@ def can_run(q: Tensor, v: Tensor) -> bool:
         hstu_kernels.available()
         and q.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and min(widths) >= 1
-        and max(widths) <= _WIDEST
+        and max(widths) * q.element_size() <= _WIDEST
         and (q.is_cuda or hstu_kernels.interpreted())
     )
 
@@ -105,8 +108,8 @@ def backward(
     constants = _constants(q, v, position_bias, time_bias, jagged)
     with torch.cuda.device_of(q):
         for kernel, tile, results in (
-            (hstu_kernels.query_gradients, QUERY_GRADIENTS[key], (dq,)),
-            (hstu_kernels.key_gradients, KEY_GRADIENTS[key], (dk, dv)),
+            (hstu_gradient_kernels.query_gradients, QUERY_GRADIENTS[key], (dq,)),
+            (hstu_gradient_kernels.key_gradients, KEY_GRADIENTS[key], (dk, dv)),
         ):
             blocks, grid = _grid(q, jagged, tile)
             if grid:
@@ -171,9 +174,18 @@ def _power(number: int) -> int:
 
 
 def _width(q: Tensor, v: Tensor) -> int:
-    """0, 1 or 2: a head's row, padded to a power of two, has up to 128 bytes, up to 256, or more."""
-    row = _power(max(q.shape[2], v.shape[2])) * q.element_size()
-    return 0 if row <= 128 else 1 if row <= 256 else 2
+    """0, 1 or 2, the smallest tiles: a head's width, padded to a power of two, is up to 64, up to 128, or more.
+
+    It is 2 for float32, whose products are computed in three parts, and on GPUs with little shared memory.
+    """
+    if q.element_size() > 2:
+        return 2
+    if q.is_cuda:
+        device = torch.cuda.get_device_properties(q.device)
+        if getattr(device, "shared_memory_per_block_optin", device.shared_memory_per_block) < _SHARED:
+            return 2
+    padded = _power(max(q.shape[2], v.shape[2]))
+    return 0 if padded <= 64 else 1 if padded <= 128 else 2
 
 
 def _grid(q: Tensor, jagged: Jagged, tile: Tile) -> tuple[int, int]:

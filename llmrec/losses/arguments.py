@@ -67,6 +67,10 @@ class LossArguments:
                 f"The loss {self.loss} shares no negatives among targets. Use sampled_softmax, or leave out in_batch, "
                 "mixed, shared_negatives and cross_process."
             )
+        if self.loss == "softmax" and self.negatives == "popularity":
+            raise RecipeError(
+                "negatives is popularity, and the loss softmax draws no negatives. Use another loss, or leave it out."
+            )
         if self.cross_process and not (in_batch or self.shared_negatives):
             raise RecipeError(
                 f"cross_process is true, and every target has {self.negatives} negatives of its own. Share them with "

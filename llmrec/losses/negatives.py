@@ -45,20 +45,26 @@ class NegativeSampler(nn.Module):
         from the target's on are moved behind the target's.
         """
         weights = self._weights(targets)[:, None]
-        # float64 has a 53-bit grid, far finer than counts.
-        drawn = torch.rand(len(targets), number, dtype=torch.float64, device=targets.device)
-        drawn = (drawn * (self.total - weights)).long().clamp_max(self.total - weights - 1)
+        # The remainder of 62 random bits, which are far more than counts have. No float64: not every device has it.
+        high, low = torch.randint(1 << 31, (2, len(targets), number), device=targets.device)
+        drawn = ((high << 31) + low) % (self.total - weights)
         begins = self.ends[targets][:, None] - weights
         return torch.searchsorted(self.ends, drawn + weights * (drawn >= begins), right=True)
 
     def log_shares(self, rows: Tensor) -> Tensor:
-        """log of the probability that a `draw` gives these rows (…); float64."""
-        return (self._weights(rows).double() / self.total).log()
+        """log of the probability that a `draw` gives these rows (…); in the device's finest type."""
+        return (self._weights(rows).to(finest_type(rows.device)) / self.total).log()
 
     def log_shares_of_others(self, rows: Tensor, targets: Tensor) -> Tensor:
-        """(T, C) rows and (T,) targets -> (T, C), log of the probability that a `draw_others` gives them; float64."""
-        return (self._weights(rows).double() / (self.total - self._weights(targets))[:, None]).log()
+        """(T, C) rows and (T,) targets -> (T, C), log of the probability that a `draw_others` gives them; likewise."""
+        exact = finest_type(rows.device)
+        return (self._weights(rows).to(exact) / (self.total - self._weights(targets))[:, None]).log()
 
     def _weights(self, rows: Tensor) -> Tensor:
         begins = torch.where(rows > 0, self.ends[(rows - 1).clamp_min(0)], 0)
         return self.ends[rows] - begins
+
+
+def finest_type(device: torch.device) -> torch.dtype:
+    """float64, or float32 on Apple's GPUs, which have no other."""
+    return torch.float32 if device.type == "mps" else torch.float64

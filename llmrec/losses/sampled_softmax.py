@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmrec.losses.full_softmax import CHUNK_SCORES
 from llmrec.losses.loss import ItemLoss, ItemVectors
-from llmrec.losses.negatives import NegativeSampler
+from llmrec.losses.negatives import NegativeSampler, finest_type
 from llmrec.losses.products import distinct, logsumexp_of_others, own_products
 
 
@@ -96,17 +96,17 @@ class SharedNegativesSoftmax(ItemLoss):
         return _weighted_sum(F.softplus(sums - wanted), weights)
 
     def _log_expected(self, negatives: Tensor, drawn: int, others: int) -> Tensor:
-        """(M,) log of how often each item is expected among the negatives of a target, in float64.
+        """(M,) log of how often each item is expected among the negatives of a target, in the device's finest type.
 
         A target's own place among the others is no draw: the rest of them are.
         """
-        expected = torch.zeros(len(negatives), dtype=torch.float64, device=negatives.device)
+        expected = torch.zeros(len(negatives), dtype=finest_type(negatives.device), device=negatives.device)
         if self.sampler is not None:
             expected += drawn * self.sampler.log_shares(negatives).exp()
         if self.targets is not None:
             expected += max(0, others - 1) * self.targets.log_shares(negatives).exp()
         # A single target has no other one; it is never its own negative either.
-        return expected.clamp_min(torch.finfo(torch.float64).tiny).log()
+        return expected.clamp_min(torch.finfo(expected.dtype).tiny).log()
 
 
 def all_rows(rows: Tensor) -> Tensor:

@@ -29,7 +29,11 @@ class IdTable(ItemRepresentation):
         self.num_items, self.hidden_size = num_items, hidden_size
         self.initializer_range = initializer_range
         self.items = nn.Embedding(num_items, hidden_size, sparse=sparse)
-        nn.init.normal_(self.items.weight, std=initializer_range)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the table from N(0, initializer_range²)."""
+        nn.init.normal_(self.items.weight, std=self.initializer_range)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Item rows (…) int64 -> (…, D)."""

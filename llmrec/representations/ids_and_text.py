@@ -38,6 +38,11 @@ class IdsAndText(ItemRepresentation):
         self.text = TextVectors(num_items, hidden_size, width, initializer_range=initializer_range, **text)
         self.register_buffer("trained", torch.ones(num_items, dtype=torch.bool))
 
+    def reset_parameters(self) -> None:
+        """Draws both parts."""
+        self.ids.reset_parameters()
+        self.text.reset_parameters()
+
     def forward(self, rows: Tensor) -> Tensor:
         """Item rows (…) int64 -> (…, D)."""
         if rows.numel() >= self.num_items:

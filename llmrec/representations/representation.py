@@ -25,6 +25,10 @@ class ItemRepresentation(nn.Module, ABC):
     hidden_size: int
 
     @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draws what is trained anew, as in a new one; for models that initialise all their modules alike."""
+
+    @abstractmethod
     def forward(self, rows: Tensor) -> Tensor:
         """Item rows (…) int64 in 0..N-1 -> their vectors (…, D)."""
 

@@ -38,9 +38,13 @@ class RowSums(ItemRepresentation):
         self.num_items, self.hidden_size, self.sizes = num_items, hidden_size, tuple(sizes)
         self.initializer_range = initializer_range
         self.tables = nn.Embedding(sum(sizes), hidden_size)
-        nn.init.normal_(self.tables.weight, std=initializer_range / len(sizes) ** 0.5)
+        self.reset_parameters()
         # (N, P) rows of the matrix. No row is -1: items that nobody gave are an error, not alike.
         self.register_buffer("rows", torch.full((num_items, len(sizes)), -1, dtype=torch.int64))
+
+    def reset_parameters(self) -> None:
+        """Draws the tables, so that a sum of their rows has the standard deviation initializer_range."""
+        nn.init.normal_(self.tables.weight, std=self.initializer_range / len(self.sizes) ** 0.5)
 
     @abstractmethod
     def rows_of(self, items: ItemFeatures) -> npt.NDArray[np.int64]:

@@ -70,9 +70,13 @@ class TextVectors(ItemRepresentation):
             if adapter == "linear"
             else nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, hidden_size))
         )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the adapter's weights from N(0, initializer_range²), its biases 0. Vectors stay as they are."""
         for module in self.adapter.modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=initializer_range)
+                nn.init.normal_(module.weight, std=self.initializer_range)
                 nn.init.zeros_(module.bias)
 
     def forward(self, rows: Tensor) -> Tensor:

@@ -90,6 +90,7 @@ class SequenceModel(PreTrainedModel):
                 "what is hidden. Add actions and domains to the items instead."
             )
         self.post_init()
+        self.representation.reset_parameters()  # transformers' own draws know nothing of its range
 
     @property
     def events(self) -> EventConfig:
@@ -227,7 +228,7 @@ class SequenceModel(PreTrainedModel):
     def _start_loss(self, first_items: Tensor) -> Tensor:
         """0, with the gradient of the first items' softmax loss for the start vector."""
         with torch.no_grad():
-            table = self.table()
+            table = self.table().detach()  # which may be the parameter itself
         logits = table.float() @ self.queries(self.start).float()
         lost = -logits.log_softmax(dim=0)[first_items].sum()
         return lost - lost.detach()

@@ -88,6 +88,9 @@ class SequenceTrainer(KeptPatience, WholeCheckpoints, Trainer):
             callbacks=[LogLines(Path(args.output_dir) / LOG_FILE), *callbacks],
             **options,
         )
+        # The Trainer gave all processes one seed: they would drop the same places and draw the same negatives.
+        if args.process_index:
+            torch.manual_seed(args.seed + args.process_index)
         self.windows, self.loss, self.cases, self.ks = windows, loss.to(args.device), list(cases), tuple(ks)
         self.case_targets = np.asarray(targets, dtype=np.int64)
         self.budget = budget

@@ -214,6 +214,11 @@ def test_misuse_is_refused(tmp_path: Any) -> None:
     for sizes in ({"num_attention_heads": 3}, {"num_attention_heads": 0}, {"num_attention_heads": 8}):
         with pytest.raises(BackboneError, match="width of 8 cannot be shared"):
             tiny(**sizes)
+    for heads in (3, -1):
+        with pytest.raises(BackboneError, match=f"num_key_value_heads is {heads}"):
+            tiny(num_key_value_heads=heads)
+    with pytest.raises(BackboneError, match="num_key_value_heads is 1, and a gpt2"):
+        tiny(body="gpt2", num_key_value_heads=1)
     assert tiny(body="gpt2", num_attention_heads=8)(torch.zeros(1, 1, 8, dtype=torch.float64)).shape == (1, 1, 8)
     with pytest.raises(BackboneError, match="holds 8 items, and this causal_body has positions for 7"):
         tiny()(torch.zeros(1, 8, 8, dtype=torch.float64))

@@ -31,9 +31,7 @@ ENCODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 every = pytest.mark.parametrize("name", ENCODERS)
 CAUSAL = [name for name in ENCODERS if name != "bert4rec"]
-# Those with `prefill` and `extend`, those whose `extend` has `isolated`, and those that read times.
-CACHING = [name for name in CAUSAL if name != "gru4rec"]
-ISOLATING = [name for name in CACHING if name not in ("llama", "gpt2")]
+# Those that read times.
 TIMED = ["hstu", "hstu-softmax", "sasrec-bias"]
 
 
@@ -189,6 +187,14 @@ def test_ties_in_time_and_one_item_give_numbers(models: dict[str, SequenceEncode
 
 
 @every
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0), (0, 0)], ids=str)
+def test_batches_of_nothing_are_nothing(models: dict[str, SequenceEncoder], name: str, shape: tuple[int, int]) -> None:
+    nothing = torch.zeros(*shape, D, dtype=torch.float64)
+    for mask in (None, torch.ones(shape, dtype=torch.bool)):
+        assert read(models[name], (nothing,), mask).shape == (*shape, D)
+
+
+@every
 def test_histories_of_too_many_items_are_refused(models: dict[str, SequenceEncoder], name: str) -> None:
     longer = history(LIMIT + 1)
     with pytest.raises(BackboneError, match=f"{LIMIT + 1} items.*positions for {LIMIT}. Keep its last {LIMIT}"):
@@ -232,7 +238,7 @@ def test_only_encoders_that_look_ahead_hide_items(models: dict[str, SequenceEnco
     assert not torch.equal(masked[0, 1], columns[0][0, 1])
 
 
-@pytest.mark.parametrize("name", CACHING)
+@pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize("cuts", [(0, 3, 6, LIMIT), (0, 1, LIMIT), (0, LIMIT)], ids=str)
 def test_cached_reading_is_reading_at_once(
     models: dict[str, SequenceEncoder], name: str, cuts: tuple[int, ...]
@@ -256,7 +262,7 @@ def test_cached_reading_is_reading_at_once(
             model.extend(cache, columns[0][:, :1], times[:, :1])
 
 
-@pytest.mark.parametrize("name", ISOLATING)
+@pytest.mark.parametrize("name", CAUSAL)
 def test_isolated_candidates_are_read_one_by_one(models: dict[str, SequenceEncoder], name: str) -> None:
     model: Any = models[name]
     columns, candidates = history(LIMIT - 1), history(LIMIT + 2, seed=1)

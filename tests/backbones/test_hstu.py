@@ -380,6 +380,7 @@ def test_a_history_of_nothing() -> None:
         ({"relative_bias": "alibi"}, "'alibi'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"v_dim": -1}, "v_dim is -1"),
+        ({"hidden_size": 0}, "hidden_size is 0"),
     ],
 )
 def test_models_that_do_not_exist_are_refused(flags: dict[str, Any], message: str) -> None:

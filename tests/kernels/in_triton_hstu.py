@@ -19,7 +19,8 @@ from triton.compiler import ASTSource
 
 from llmrec.backbones.encoder import UNKNOWN_TIME
 from llmrec.backbones.relative_bias import bucket_starts, time_buckets
-from llmrec.kernels import hstu_bias_kernel, hstu_kernels, hstu_launch
+from llmrec.exceptions import BackboneError
+from llmrec.kernels import hstu_bias_kernel, hstu_gradient_kernels, hstu_kernels, hstu_launch
 from llmrec.kernels.hstu_attention import hstu_attention
 from llmrec.kernels.hstu_launch import Tile
 
@@ -114,6 +115,14 @@ def test_one_of_two_tables_is_frozen(frozen, monkeypatch):
 
 
 @run_only
+def test_heads_that_are_too_wide_are_left_to_torch():
+    case = random_sequences(1, [3, 4], widths=(129, 4), dtype=torch.float32).to(DEVICE)
+    assert_close(case.by(hstu_attention), case.exact(), torch.float32)
+    with pytest.raises(BackboneError, match="in widths 129 and 4"):
+        hstu_attention(*case.arguments(), implementation="triton")
+
+
+@run_only
 def test_the_sizes_that_are_used():
     case = random_sequences(1, [150, 70], widths=(24, 24), heads=1, dtype=torch.float32).to(DEVICE)
     assert_close(case.by(hstu_attention, implementation="triton"), case.exact(), torch.float32)
@@ -193,32 +202,44 @@ TYPES = {
 }
 COMPILED = {
     "attend": (hstu_kernels.attend, "ATTEND"),
-    "query_gradients": (hstu_kernels.query_gradients, "QUERY_GRADIENTS"),
-    "key_gradients": (hstu_kernels.key_gradients, "KEY_GRADIENTS"),
+    "query_gradients": (hstu_gradient_kernels.query_gradients, "QUERY_GRADIENTS"),
+    "key_gradients": (hstu_gradient_kernels.key_gradients, "KEY_GRADIENTS"),
     "bias_gradients": (hstu_bias_kernel.bias_gradients, "BIAS_GRADIENTS"),
 }
 
 
 @compiled_only
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("size", "dtype", "width", "biased", "shared"),
+    [
+        (0, "bf16", 64, False, 160),
+        (0, "bf16", 64, True, 160),
+        (1, "bf16", 128, True, 160),
+        (2, "bf16", 256, True, 99),
+        (2, "fp32", 128, True, 99),
+    ],
+)
 @pytest.mark.parametrize("name", list(COMPILED))
-def test_kernels_compile(name, biased):
-    """For an H100, in bfloat16, with heads of width 64; and no program asks for more memory than a block may have."""
+def test_kernels_compile(name, size, dtype, width, biased, shared):
+    """For an H100; and no program asks for more shared memory, in kB, than the GPUs have that get these tiles."""
     kernel, tiles = COMPILED[name]
     if name == "bias_gradients" and not biased:
         pytest.skip("there is no bias")
-    tile = getattr(hstu_launch, tiles)[0, biased]
-    constants = {"QK": 64, "VALUE": 64, "QK_BLOCK": 64, "VALUE_BLOCK": 64, "POSITION": biased, "TIME": biased}
+    tile = getattr(hstu_launch, tiles)[size, biased]
+    widths = ("QK", "VALUE", "QK_BLOCK", "VALUE_BLOCK")
+    constants = {**dict.fromkeys(widths, width), "POSITION": biased, "TIME": biased}
     constants |= {"BY_LENGTH": False, "SOFTMAX": False, "PRECISION": "tf32x3", "PER_LOG": 3.3, "UNKNOWN": UNKNOWN_TIME}
     if name == "bias_gradients":
         constants |= {"SIDE": tile.kept, "BUCKETS_BLOCK": 256, "WANT_POSITION": True, "WANT_TIME": True}
     else:
         constants |= {"KEPT": tile.kept, "PASSING": tile.passing}
     names = [parameter.name for parameter in kernel.params]
-    signature = {part: "constexpr" if part in constants else TYPES.get(part, "i32") for part in names}
+    signature = {
+        part: "constexpr" if part in constants else TYPES.get(part, "i32").replace("bf16", dtype) for part in names
+    }
     aligned = {(place,): [["tt.divisibility", 16]] for place, part in enumerate(names) if signature[part][0] == "*"}
     source = ASTSource(kernel, signature, {(names.index(part),): value for part, value in constants.items()}, aligned)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert compiled.asm["cubin"]
-    assert compiled.metadata.shared <= 227 * 1024
+    assert compiled.metadata.shared <= shared * 1024

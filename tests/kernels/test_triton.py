@@ -34,7 +34,7 @@ def run_pytest(tmp_path, file, interpret):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="this environment has no Triton")
 @pytest.mark.parametrize("interpret", [True, False])
 @pytest.mark.parametrize(
-    ("file", "run", "compiled"), [("in_triton.py", 26, 14), ("in_triton_hstu.py", 37, 7)], ids=["search", "hstu"]
+    ("file", "run", "compiled"), [("in_triton.py", 26, 14), ("in_triton_hstu.py", 38, 19)], ids=["search", "hstu"]
 )
 def test_kernels_are_their_definitions(tmp_path, file, run, compiled, interpret):
     if interpret and torch.cuda.is_available():

@@ -59,6 +59,7 @@ def test_binary_losses() -> None:
         ({"loss": "gbce", "gbce_t": 1.5}, "gbce_t is 1.5"),
         ({"loss": "bce", "negatives": "in_batch"}, "shares no negatives"),
         ({"cross_process": True}, "shares no negatives"),
+        ({"negatives": "popularity"}, "draws no negatives"),
         ({"loss": "sampled_softmax", "cross_process": True}, "of its own"),
         ({"loss": "sampled_softmax", "negatives": "mixed", "shared_negatives": True}, "in any case"),
         ({"loss": "hinge"}, "'hinge'"),

@@ -1,13 +1,19 @@
 """Draws of negatives: never the target, in the right shares, by the seed."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmrec.exceptions import BackboneError
+from llmrec.losses import negatives, sampled_softmax
+from llmrec.losses.arguments import LossArguments
 from llmrec.losses.negatives import NegativeSampler
+from llmrec.representations.id_table import IdTable
 
 
 @settings(max_examples=50, deadline=None)
@@ -72,3 +78,48 @@ def test_no_targets() -> None:
 def test_too_few_items(number: int) -> None:
     with pytest.raises(BackboneError, match="nothing to draw"):
         NegativeSampler(np.ones(number, dtype=np.int64))
+
+
+class Items(IdTable):
+    """Candidates of a loss."""
+
+    def vectors(self, rows: torch.Tensor) -> torch.Tensor:
+        return self(rows)  # type: ignore[no-any-return]
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device like Apple's."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        assert not isinstance(made, torch.Tensor) or made.dtype != torch.float64, func
+        return made
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"loss": "softmax"},
+        {"loss": "sampled_softmax"},
+        {"loss": "sampled_softmax", "shared_negatives": True},
+        {"loss": "sampled_softmax", "negatives": "in_batch"},
+        {"loss": "sampled_softmax", "negatives": "mixed"},
+        {"loss": "gbce"},
+    ],
+    ids=lambda flags: "-".join(map(str, flags.values())),
+)
+def test_a_device_without_float64_is_enough(flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert negatives.finest_type(torch.device("mps")) == torch.float32
+    assert negatives.finest_type(torch.device("cpu")) == torch.float64
+    loss = LossArguments(num_negatives=5, **flags).build(np.arange(9))
+    items, queries, targets = Items(9, 4), torch.randn(6, 4, requires_grad=True), torch.arange(6)
+
+    def slope() -> torch.Tensor:
+        torch.manual_seed(2)
+        return torch.autograd.grad(loss(queries, targets, items), queries)[0]
+
+    exact = slope()
+    for module in (negatives, sampled_softmax):
+        monkeypatch.setattr(module, "finest_type", lambda _: torch.float32)
+    with NoFloat64():
+        torch.testing.assert_close(slope(), exact)

@@ -9,10 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from llmrec.backbones.gru4rec import GRU4RecConfig
+from llmrec.ctr.model import CTRModel, ctr_config
 from llmrec.exceptions import BackboneError, DataError
 from llmrec.representations.build import KINDS, build_representation
 from llmrec.representations.item_features import ItemFeatures
 from llmrec.representations.representation import ItemRepresentation
+from llmrec.sequence.model import SequenceModel, sequence_config
 
 N, D, E = 6, 8, 5
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -123,6 +126,32 @@ def test_transformers_saves_and_loads_it(name: str, tmp_path: Any) -> None:
     half = One.from_pretrained(tmp_path, dtype=torch.bfloat16).representation.table()
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), model.representation.table(), atol=0.01, rtol=0.1)
+
+
+@pytest.mark.parametrize("task", ["sequence", "ctr"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_leaves_it_the_range_that_was_asked_for(kind: str, task: str) -> None:
+    sizes: dict[str, dict[str, Any]] = {
+        "text": {"width": 300},
+        "ids+text": {"width": 300},
+        "semantic_ids": {"codebook_sizes": [400] * 4},
+        "hashed": {"table_size": 400, "num_hashes": 4},
+    }
+    config = {"kind": kind, "initializer_range": 0.5, **sizes.get(kind, {})}
+    encoder = GRU4RecConfig(hidden_size=16)
+    torch.manual_seed(0)
+    model: SequenceModel | CTRModel
+    if task == "sequence":
+        model = SequenceModel(sequence_config(encoder, 400, 20, config))
+    else:
+        model = CTRModel(ctr_config(encoder, 400, 20, ["like"], representation=config))
+    alone = build_representation(config, 400, 16)
+    # Codes and hashes are sums of four rows, which have the range together.
+    expected = 0.25 if kind in ("semantic_ids", "hashed") else 0.5
+    for representation in (alone, model.representation):
+        found = {name: float(part.detach().std()) for name, part in representation.named_parameters()}
+        assert found.pop("adapter.bias", 0.0) == found.pop("text.adapter.bias", 0.0) == 0
+        assert found == {name: pytest.approx(expected, rel=0.1) for name in found}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

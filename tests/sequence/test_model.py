@@ -8,6 +8,7 @@ from transformers import AutoModel
 
 from llmrec.examples import IGNORED
 from llmrec.exceptions import BackboneError
+from llmrec.losses.arguments import LossArguments
 from llmrec.losses.full_softmax import FullSoftmax
 from llmrec.sequence.events import EventConfig
 from llmrec.sequence.histories import History, LoggedHistories, collate
@@ -100,6 +101,44 @@ def test_a_cloze_model_is_asked_with_a_hidden_item_at_the_end():
         torch.testing.assert_close(unnamed, as_target)
 
 
+@pytest.mark.parametrize("request_time", [False, True])
+def test_when_a_hidden_item_was_taken_is_shown_only_if_requests_say_it(request_time):
+    model = small_model("bert4rec", events=events(time_features=True, request_time=request_time))
+    items, mask = torch.tensor([[4, 9, 2]]), torch.ones(1, 3, dtype=torch.bool)
+    hidden = torch.tensor([[False, True, False]])
+    times = torch.tensor([[1_600_000_000, 1_600_040_000, 1_600_080_000]])
+    with torch.no_grad():
+        found = model(items, mask, times, hidden=hidden)
+        other = model(items, mask, times + torch.tensor([0, 20_000, 0]), hidden=hidden)
+        shown = model(items, mask, times + torch.tensor([20_000, 0, 0]), hidden=hidden)
+        # As it is asked for the item after a history.
+        told = History(items[0, :2].numpy(), times[0, :2].numpy(), next_timestamp=int(times[0, 2]))
+        last = torch.tensor([[False, False, True]])
+        trained = model(items, mask, times, hidden=last)[:, -1]
+        torch.testing.assert_close(model.last(**collate([told], 10)), trained)
+    assert torch.equal(found, other) != request_time
+    assert not torch.equal(found, shown)
+
+
+def test_a_cloze_model_learns_every_place_that_it_is_asked_at():
+    model = small_model("bert4rec", max_history=5).train()
+    split = random_split()
+    windows = TrainingWindows(LoggedHistories(split, model.events), 5, hidden_share=0.3)
+    batch = windows.__getitems__([(0, place) for place in range(len(windows))])
+    model(**batch, loss=LossArguments().build(windows.target_counts())).backward()
+    assert (model.encoder.positions.weight.grad.abs().sum(dim=1) > 0).all()
+    assert len(model.encoder.positions.weight) == 6
+
+
+def test_a_cloze_model_is_asked_for_the_last_items_domain_where_none_is_named():
+    model = small_model("bert4rec", events=events(domain_tokens="added"))
+    told = History(np.array([4, 9]), domains=np.array([1, 2]))
+    with torch.no_grad():
+        found = model.last(**collate([told], 10))
+        torch.testing.assert_close(found, model.last(**collate([told._replace(next_domain=2)], 10)), rtol=0, atol=0)
+        assert not torch.equal(found, model.last(**collate([told._replace(next_domain=1)], 10)))
+
+
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_edges_have_numbers_forwards_and_backwards(encoder):
     model = small_model(encoder).train()
@@ -115,10 +154,11 @@ def test_edges_have_numbers_forwards_and_backwards(encoder):
     assert model.last(**collate([History(nothing)] * 2, 10)).isfinite().all()
 
 
-def test_a_new_user_gets_the_start_vector_and_only_it_learns_from_first_items():
-    model = small_model("sasrec", similarity="cosine", temperature=0.5)
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_a_new_user_gets_the_start_vector_and_only_it_learns_from_first_items(similarity):
+    model = small_model("sasrec", similarity=similarity, temperature=0.5)
     empty = collate([History(np.zeros(0, dtype=np.int64))], 10)
-    start = model.start / model.start.norm() / 0.5
+    start = model.start / (model.start.norm() if similarity == "cosine" else 1) / 0.5
     torch.testing.assert_close(model.last(**empty)[0], start)
     first = torch.tensor([4, 4, 9])
     labels = torch.full((1, 1), IGNORED)

@@ -141,6 +141,36 @@ def test_events_that_a_log_does_not_have_are_asked_for():
 
 
 @pytest.mark.parametrize(
+    ("flags", "causal", "bias", "unread"),
+    [
+        ({"request_time": True}, True, "position+time", ""),
+        ({"request_time": True}, True, "rope", "request_time"),
+        ({"request_time": True, "time_features": True}, True, "none", "request_time"),
+        ({"request_time": True, "time_features": True, "domain_tokens": "before"}, True, "none", ""),
+        ({"request_time": True, "time_features": True}, False, "", ""),
+        ({"request_time": True}, False, "", "request_time"),
+        ({"target_action": "buy", "action_tokens": "before"}, True, "none", ""),
+        ({"target_action": "buy", "action_tokens": "added"}, False, "", ""),
+        ({"target_action": "buy", "action_tokens": "added"}, True, "none", "target_action"),
+        ({"target_action": "buy", "action_tokens": "after"}, True, "none", "target_action"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_model_would_not_read_is_refused(flags, causal, bias, unread):
+    told = EventArguments(**flags)
+    if unread:
+        with pytest.raises(RecipeError, match=unread):
+            told.check(causal, bias)
+    else:
+        told.check(causal, bias)
+
+
+def test_a_stride_of_one_window_is_refused():
+    with pytest.raises(RecipeError, match="--stride"):
+        SequenceArguments(interactions="x", artefact="y", windows="last", stride=5).check()
+
+
+@pytest.mark.parametrize(
     "flags",
     [{"max_history": 0}, {"stride": 60}, {"stochastic_length": 1.0}, {"hidden_share": 1.0}, {"ks": []}, {"ks": [0]}],
     ids=lambda flags: next(iter(flags)),

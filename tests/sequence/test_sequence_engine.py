@@ -151,6 +151,8 @@ def test_what_waits_is_read_together_and_one_failing_request_fails_alone(made, e
         gone = asyncio.ensure_future(engine.search(good[0], SearchParameters()))
         await asyncio.sleep(0.05)
         gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
         held.go_on.set()
         return await first, await asyncio.gather(*tasks, return_exceptions=True)
 

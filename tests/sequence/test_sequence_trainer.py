@@ -94,7 +94,8 @@ def test_sparse_gradients_learn_too_and_are_clipped_by_their_optimizer(tmp_path)
     optimizer = trainer.optimizer.optimizer  # in accelerate's wrapper
     assert isinstance(optimizer, RowAdam)
     assert optimizer.max_grad_norm == 0.5
-    assert model.representation.items.weight.grad is None or model.representation.items.weight.grad.is_sparse
+    trainer.training_step(model.train(), next(iter(trainer.get_train_dataloader())))
+    assert model.representation.items.weight.grad.is_sparse
     assert trainer.evaluate()["eval_HR@10"] > 0.9
 
 
@@ -124,6 +125,15 @@ def test_places_are_those_of_the_stable_ranking(seed, items, cases):
         place = np.flatnonzero(lists[case] == target)
         assert better[case] == (place[0] if len(place) else -1)
         assert lost[case] == pytest.approx(math.log(np.exp(scores[case] - scores[case, target]).sum()), abs=1e-5)
+
+
+def test_a_model_whose_scores_are_no_numbers_finds_nothing():
+    scores = torch.zeros(3, 5)
+    scores[0] = math.nan
+    scores[1, 1] = math.nan
+    scores[2, 3] = 1.0
+    better, _ = places_of_targets(scores, [np.array([0])] * 3, np.array([3, 3, 3]))
+    assert better.tolist() == [-1, -1, 0]
 
 
 def test_cases_must_come_in_their_order():
@@ -164,6 +174,16 @@ def test_a_restart_changes_no_bit(tmp_path):
     logged = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
     expected = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in logged if "loss" in line] == [line["loss"] for line in expected if "loss" in line]
+
+
+def test_processes_draw_differently(tmp_path, monkeypatch):
+    drawn = []
+    for process in (0, 1, 0):
+        monkeypatch.setattr(StageArguments, "process_index", property(lambda _, process=process: process))
+        sampler = trainer_of(tmp_path, loss="bce", seed=5).loss.sampler
+        drawn.append(sampler.draw(20))
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
 
 
 def test_accumulated_batches_are_one_large_batch(tmp_path):

@@ -130,6 +130,42 @@ def test_thinned_histories_ask_for_what_truly_came_next():
     assert thinned > 3
 
 
+@pytest.mark.parametrize("place", ["action_tokens", "domain_tokens"])
+def test_what_is_thinned_is_asked_for_under_the_tokens_that_stand_before_it(place):
+    split = random_split(longest=40, items=400, unknown=0.0)
+    told = EventConfig(actions=list(ACTIONS), domains=["books", "toys"], **{place: "before"})
+    windows = TrainingWindows(LoggedHistories(split, told), max_history=30, alpha=1.3)
+    thinned = 0
+    for number in range(len(windows)):
+        batch = {name: tensor[0] for name, tensor in windows[(0, number)].items() if tensor.ndim == 2}
+        thinned += int(len(batch["items"]) < windows.lengths[number])
+        torch.testing.assert_close(batch["labels"][:-1], batch["items"][1:])
+        for name in ("actions", "domains", "timestamps"):
+            torch.testing.assert_close(batch[f"next_{name}"][:-1], batch[name][1:])
+        last = windows.windows[number].end - 1
+        assert batch["labels"][-1] == split.rows[last]
+        assert batch["next_actions"][-1] == windows.histories.columns["actions"][last]
+    assert thinned > 3
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"take": "last"}, {"action_weights": [1, 0, 2, 0.5]}], ids=str)
+def test_target_counts_are_those_of_an_epochs_labels(options):
+    split = random_split()
+    windows = dataset(split, **options)
+    labels = windows.__getitems__([(0, place) for place in range(len(windows))])["labels"]
+    expected = np.bincount(labels[labels != IGNORED].numpy(), minlength=split.num_items)
+    np.testing.assert_array_equal(windows.target_counts(), expected)
+    assert expected.sum() != split.train_counts.sum()
+
+
+def test_target_counts_of_a_cloze_model_are_those_of_what_it_reads():
+    split = random_split()
+    windows = dataset(split, hidden_share=0.3)
+    batch = windows.__getitems__([(0, place) for place in range(len(windows))])
+    expected = np.bincount(batch["items"][batch["mask"]].numpy(), minlength=split.num_items)
+    np.testing.assert_array_equal(windows.target_counts(), expected)
+
+
 def test_hidden_items_are_the_labels_and_a_half_hides_the_last_alone():
     split = random_split(users=200)
     windows = dataset(split, hidden_share=0.3)
@@ -143,8 +179,10 @@ def test_hidden_items_are_the_labels_and_a_half_hides_the_last_alone():
     alone = (hidden.sum(1) == 1) & hidden[torch.arange(len(hidden)), ends]
     assert 0.45 < alone.float().mean() < 0.75
     assert (hidden.sum(1) >= 1).all()
-    # The last training item is there as an input that can be hidden; and no input lies beyond the longest history.
-    assert mask.sum(1).max() == 5
+    # The last training item is there as an input that can be hidden: behind the longest history, as it will be asked.
+    assert mask.sum(1).max() == 6
+    shown = (mask & ~hidden).sum(1)
+    assert shown[alone].max() == shown.max() == 5
     assert "next_actions" not in batch
 
 
