@@ -32,7 +32,7 @@ class ItemVectors(Protocol):
 class ItemLoss(nn.Module, ABC):
     """Queries and their targets -> a sum of losses.
 
-    The sum is what a step over several batches and processes needs: whoever trains divides by the weights of the whole
+    The sum is what a step over several batches and processes needs: whoever trains divides by the labels of the whole
     step.
     """
 
