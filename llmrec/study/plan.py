@@ -55,7 +55,7 @@ class StudyPlan:
         axes: the values that each further flag takes; all combinations are run, for every variant. They override the
             variants.
         seeds: one or more.
-        metrics: of the test, such as "NDCG@10"; the first is plotted.
+        metrics: of the test, such as "NDCG@10", or of a slice, "later_day NDCG@10"; the first is plotted.
         note: what a reader has to know.
         published: what was published, by the name of a variant (or a variant with its axes) and the metric.
 
@@ -88,8 +88,8 @@ class StudyPlan:
                 raise RecipeError(f"The study has {taken[0]!r} among its flags, which it sets itself. Leave it out.")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise RecipeError(f"The seeds are {list(self.seeds)}. Give one or more, all different, none negative.")
-        if not self.metrics or not all(re.fullmatch(r"(HR|NDCG|MRR)@[1-9]\d*", metric) for metric in self.metrics):
-            raise RecipeError(f"The metrics are {list(self.metrics)}. Name such as NDCG@10 and HR@10.")
+        if not self.metrics or not all(re.fullmatch(r"(\S+ )?(HR|NDCG|MRR)@[1-9]\d*", metric) for metric in self.metrics):
+            raise RecipeError(f"The metrics are {list(self.metrics)}. Name such as NDCG@10 and later_day HR@10.")
         cells = [run.cell for run in self.runs if run.seed == self.seeds[0]]
         if repeated := [cell for cell in cells if cells.count(cell) > 1]:
             raise RecipeError(f"The study has two runs of the name {repeated[0]!r}. Give an axis each value once.")

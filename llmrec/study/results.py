@@ -78,7 +78,7 @@ def collect(plan: StudyPlan, places: Sequence[RunPlace]) -> dict[str, Any]:
             test = found["test"]
             document |= {
                 "split": found["split"],
-                "test": {name: test[name] for name in test if name.partition("@")[0] in ("HR", "NDCG", "MRR")},
+                "test": tested(test),
                 "cases": test["cases"],
                 "validation": [_plain(row) for row in found["validation"]],
                 "parameters": found["cost"]["parameters"],
@@ -145,6 +145,21 @@ def mean_of(values: Sequence[float]) -> Mean:
 
     half = float(t.ppf(0.975, len(values) - 1)) * deviation / len(values) ** 0.5
     return Mean(value, value - half, value + half, len(values))
+
+
+def tested(test: Mapping[str, Any]) -> dict[str, float]:
+    """The ranking metrics of an evaluation's document, those of its slices with the slice's name before them.
+
+    >>> tested({"HR@10": 0.5, "cases": 4, "slices": {"later_day": {"cases": 2, "HR@10": 0.25}, "cold": {"HR@10": None}}})
+    {'HR@10': 0.5, 'later_day HR@10': 0.25}
+    """
+    parts = {"": test, **{f"{name} ": values for name, values in test.get("slices", {}).items()}}
+    return {
+        before + name: value
+        for before, values in parts.items()
+        for name, value in values.items()
+        if name.partition("@")[0] in ("HR", "NDCG", "MRR") and isinstance(value, float)
+    }
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, float]:
