@@ -88,7 +88,8 @@ class StudyPlan:
                 raise RecipeError(f"The study has {taken[0]!r} among its flags, which it sets itself. Leave it out.")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise RecipeError(f"The seeds are {list(self.seeds)}. Give one or more, all different, none negative.")
-        if not self.metrics or not all(re.fullmatch(r"(\S+ )?(HR|NDCG|MRR)@[1-9]\d*", metric) for metric in self.metrics):
+        known = r"(\S+ )?(HR|NDCG|MRR)@[1-9]\d*"  # maybe a slice's
+        if not self.metrics or not all(re.fullmatch(known, metric) for metric in self.metrics):
             raise RecipeError(f"The metrics are {list(self.metrics)}. Name such as NDCG@10 and later_day HR@10.")
         cells = [run.cell for run in self.runs if run.seed == self.seeds[0]]
         if repeated := [cell for cell in cells if cells.count(cell) > 1]:

@@ -147,10 +147,10 @@ def mean_of(values: Sequence[float]) -> Mean:
     return Mean(value, value - half, value + half, len(values))
 
 
-def tested(test: Mapping[str, Any]) -> dict[str, float]:
+def tested(test: Mapping[str, Any]) -> dict[str, Any]:
     """The ranking metrics of an evaluation's document, those of its slices with the slice's name before them.
 
-    >>> tested({"HR@10": 0.5, "cases": 4, "slices": {"later_day": {"cases": 2, "HR@10": 0.25}, "cold": {"HR@10": None}}})
+    >>> tested({"HR@10": 0.5, "cases": 4, "slices": {"later_day": {"HR@10": 0.25}, "cold": {"HR@10": None}}})
     {'HR@10': 0.5, 'later_day HR@10': 0.25}
     """
     parts = {"": test, **{f"{name} ": values for name, values in test.get("slices", {}).items()}}
@@ -158,7 +158,7 @@ def tested(test: Mapping[str, Any]) -> dict[str, float]:
         before + name: value
         for before, values in parts.items()
         for name, value in values.items()
-        if name.partition("@")[0] in ("HR", "NDCG", "MRR") and isinstance(value, float)
+        if name.partition("@")[0] in ("HR", "NDCG", "MRR") and value is not None
     }
 
 
