@@ -34,6 +34,7 @@ class RedisServer:
 
     def start(self) -> None:
         options = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder), "--appendonly", "yes"]
+        options += ["--appendfsync", "always"]  # else a kill may lose what was answered while a sync was under way
         if self.password:
             options += ["--requirepass", self.password]
         self.process = subprocess.Popen(["redis-server", *options], stdout=subprocess.DEVNULL)
