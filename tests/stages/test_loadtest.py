@@ -43,8 +43,9 @@ class Shop:
 
     async def recommend(self, request: RecommendRequest, response: Response) -> RecommendResponse | None:
         self.asked.append(request)
+        number = len(self.asked)  # others come while this one waits
         await asyncio.sleep(max(self.seconds, self.stalled_until - time.perf_counter()))
-        if self.status != 200 or (self.refuse_every and len(self.asked) % self.refuse_every == 0):
+        if self.status != 200 or (self.refuse_every and number % self.refuse_every == 0):
             response.status_code = self.status if self.status != 200 else 429
             response.headers["Retry-After"] = "1"
             return None
