@@ -30,6 +30,17 @@ HOSTILE = {
 }
 
 
+PRESS_ADD = """name => {
+    for (const row of document.querySelectorAll("ul.llmrec-list[aria-label='Items of the catalog'] li")) {
+        if (row.querySelector(".id").innerText === name) {
+            row.querySelector("button").click();
+            return true;
+        }
+    }
+    return false;
+}"""
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -133,13 +144,10 @@ def add(tab, *names):
         row = tab.locator("ul.llmrec-list[aria-label='Items of the catalog'] li").filter(
             has=tab.get_by_text(name, exact=True)
         )
-        # A list that is drawn again at this moment takes the click with it: a visitor would press once more.
-        for _ in range(5):
-            row.get_by_role("button", name="Add").click()
-            with suppress(sync_api.TimeoutError):
-                tab.locator("ol.llmrec-list li").nth(before).wait_for(timeout=6000)
-                break
-        assert tab.locator("ol.llmrec-list li").count() == before + 1
+        row.wait_for()
+        # Found and pressed at once, for the list may be drawn again between the two.
+        assert tab.evaluate(PRESS_ADD, name)
+        tab.locator("ol.llmrec-list li").nth(before).wait_for()
 
 
 def history(tab):
