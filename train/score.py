@@ -181,10 +181,10 @@ def main(arguments: ScoreArguments, names: ColumnArguments, splits: SplitArgumen
 def quantised_codes(recommender: Any) -> Any:
     """(N, L) the codes as they were quantised: without the level that was appended to tell items apart.
 
-    Codes that were made unique by moving items have no other form: their ID level is the item level.
+    Codes that were made unique by moving items have no other form: their ID level is the item level, as
+    it is of a sequence model, whose items have no other ID than their row.
     """
     codes = recommender.catalog.codes
-    # A sequence model's items have no other ID than themselves.
     quantised = recommender.settings.training.get("semantic_ids", {}).get("arguments", {}).get("num_levels")
     return codes if quantised is None else codes[:, :quantised]
 
