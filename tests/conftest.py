@@ -3,11 +3,13 @@
 import base64
 import hashlib
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,6 +33,33 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no ../shared/data beside the repository")
     return folder
+
+
+def _mended_logging() -> list[str]:
+    """Lets the root and llmrec's loggers say warnings again; tells what forbade it."""
+    found = []
+    if logging.root.manager.disable:
+        found.append(f"logging.disable({logging.root.manager.disable})")
+        logging.disable(logging.NOTSET)
+    if logging.root.level > logging.WARNING:
+        found.append(f"the root at level {logging.root.level}")
+        logging.root.setLevel(logging.WARNING)
+    for name in [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "llmrec"]:
+        logger = logging.getLogger(name)
+        if logger.disabled or not logger.propagate or logger.level > logging.WARNING:
+            found.append(f"{name} disabled {logger.disabled}, propagate {logger.propagate}, level {logger.level}")
+            logger.disabled, logger.propagate = False, True
+        logger.setLevel(logging.NOTSET)  # it also forgets what was asked of all loggers before
+    return found
+
+
+@pytest.fixture(autouse=True)
+def logging_works() -> Iterator[None]:
+    """What one test does to logging, in its thread or in one that outlives it, must not silence another's warnings."""
+    _mended_logging()
+    yield
+    if found := _mended_logging():
+        warnings.warn(f"This test left logging silenced: {'; '.join(found)}.", stacklevel=1)
 
 
 class FakeHub:
