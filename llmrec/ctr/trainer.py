@@ -20,6 +20,7 @@ from llmrec.rating import measures
 from llmrec.training.checkpoints import WholeCheckpoints
 from llmrec.training.curve import LOG_FILE, LogLines
 from llmrec.training.patience import KeptPatience
+from llmrec.training.randomness import OwnRandomState
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def multi_task_loss(logits: Tensor, labels: Tensor, weights: Tensor, label_weigh
     return total
 
 
-class CTRTrainer(KeptPatience, WholeCheckpoints, Trainer):
+class CTRTrainer(OwnRandomState, KeptPatience, WholeCheckpoints, Trainer):
     """Trains a `CTRModel` on `Cases` or `Windows`.
 
     * The loss of a step is the weighted sum over its known labels by their number, over all accumulated batches and

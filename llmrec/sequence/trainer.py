@@ -24,6 +24,7 @@ from llmrec.sequence.windows import EpochBatches, TrainingWindows
 from llmrec.training.checkpoints import WholeCheckpoints
 from llmrec.training.curve import LOG_FILE, LogLines
 from llmrec.training.patience import KeptPatience
+from llmrec.training.randomness import OwnRandomState
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class SequenceTrainer(KeptPatience, WholeCheckpoints, Trainer):
+class SequenceTrainer(OwnRandomState, KeptPatience, WholeCheckpoints, Trainer):
     """Trains a `SequenceModel` on windows of histories.
 
     * Batches are planned for each epoch (`EpochBatches`), the same whatever is restarted and however many processes.
@@ -88,9 +89,6 @@ class SequenceTrainer(KeptPatience, WholeCheckpoints, Trainer):
             callbacks=[LogLines(Path(args.output_dir) / LOG_FILE), *callbacks],
             **options,
         )
-        # The Trainer gave all processes one seed: they would drop the same places and draw the same negatives.
-        if args.process_index:
-            torch.manual_seed(args.seed + args.process_index)
         self.windows, self.loss, self.cases, self.ks = windows, loss.to(args.device), list(cases), tuple(ks)
         self.case_targets = np.asarray(targets, dtype=np.int64)
         self.budget = budget

@@ -16,6 +16,7 @@ from llmrec.training.curve import LOG_FILE, LogLines
 from llmrec.training.head import HeadLoss, LossVocabulary
 from llmrec.training.packing import Bins, EndlessStream, ShareOfRows, ShareOfStream, row_lengths
 from llmrec.training.patience import KeptPatience
+from llmrec.training.randomness import OwnRandomState
 from llmrec.training.ranking import RankingCallback
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class GenerativeTrainer(KeptPatience, WholeCheckpoints, Trainer):
+class GenerativeTrainer(OwnRandomState, KeptPatience, WholeCheckpoints, Trainer):
     """Trains a causal LM on rows of token ids and labels, and loses no time on what no label asks for.
 
     What is another than in transformers' Trainer:
