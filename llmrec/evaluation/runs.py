@@ -78,6 +78,16 @@ def find_runs(folders: Sequence[str | Path]) -> list[Run]:
     return runs
 
 
+def _advice(one: Run, other: Run) -> str:
+    """What to do about two splits or parts."""
+    cases = [(run.evaluation.user_ids, run.evaluation.targets) for run in (one, other)]
+    if one.document["part"] == other.document["part"] and cases[0] == cases[1]:
+        return (
+            "They ask the same of the same users, but of two item tables: give --items to both trainings, or to none."
+        )
+    return "Evaluate both on the same one, or compare them apart."
+
+
 def check_comparable(runs: Sequence[Run]) -> None:
     one = runs[0]
     for other in runs[1:]:
@@ -87,7 +97,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
                 raise DataError(
                     f"{one.folder} ({one.path.name}) was evaluated on {what} {mine}, {other.folder} "
                     f"({other.path.name}) on {what} {theirs}: their numbers do not belong in one table. "
-                    "Evaluate both on the same one, or compare them apart."
+                    f"{_advice(one, other)}"
                 )
         a, b = one.evaluation, other.evaluation
         same = a.user_ids == b.user_ids and a.targets == b.targets and np.array_equal(a.counted, b.counted)

@@ -156,6 +156,10 @@ def test_different_splits_parts_users_and_candidates_are_refused(tmp_path: Path)
     message = str(caught.value)
     assert all(part in message for part in (str(a), str(b), "abababababab", "cdcdcdcdcdcd", "one table"))
     assert message.count(". ") == 1
+    assert "two item tables" in message
+    save_run(b, "item-cf", 2, split="cd" * 32, first_user=1)
+    with pytest.raises(DataError, match="Evaluate both on the same one"):
+        compare([a, b])
     save_run(b, "item-cf", 2, part="valid")
     with pytest.raises(DataError, match=r"the part test.*the part valid"):
         compare([a, b])
