@@ -44,8 +44,10 @@ STAGES = ("prompts", "semantic_ids", "train", "serve")
 DOCUMENTS = (
     "README.md",
     *(f"docs/{name}.md" for name in ("own_data", "evaluation", "serving", "artefact", "living_catalog", "demo")),
+    *(f"docs/{name}.md" for name in ("scaling", "sequence_models")),
 )
 READMES = ("prompts/README.md", "semantic_ids/README.md", "train/README.md", "serve/README.md")
+SCALE_RUN_HERE = {"fit", "predict", "report"}  # a pilot that others have trained is in the workspace
 RUN_HERE = {"doctor", "stages", "recommend", "push", "data", "baseline", "compare", "ids"}
 
 
@@ -69,14 +71,16 @@ def words(command: str) -> list[str]:
 
 
 def is_run(command: str) -> bool:
-    first, second, *_ = [*words(command), "", ""]
+    first, second, third, *_ = [*words(command), "", "", ""]
+    if first == "llmrec" and second == "scale":
+        return third in SCALE_RUN_HERE
     return first == "cp" or (first == "llmrec" and second in RUN_HERE) or second.startswith("semantic_ids/")
 
 
 def parse_llmrec(arguments: list[str]) -> None:
     name, *rest = arguments
     command = typer.main.get_command(app).commands[name]
-    if name in ("data", "ids"):
+    if name in ("data", "ids", "scale"):
         command, rest = command.commands[rest[0]], rest[1:]
     context = command.make_context(name, rest)
     if name == "run":
@@ -165,6 +169,15 @@ def test_command_is_of_a_class_and_its_options_exist(
     CHECKS[first](arguments)
 
 
+def write_points(path: Path) -> None:
+    """The table of a pilot of 18 trainings."""
+    path.parent.mkdir(parents=True)
+    grid = [(depth, width, tokens) for depth in (1, 2, 4) for width in (16, 32, 64) for tokens in (5e5, 1e6)]
+    metrics = [0.3 - 0.1 / h - 1 / d + t / 1e8 + 0.001 * (place * 7 % 5) for place, (h, d, t) in enumerate(grid)]
+    frame = pl.DataFrame(grid, schema=["depth", "width", "tokens"], orient="row")
+    frame.with_columns(quality=0.19, metric=pl.Series(metrics), seed=0).write_csv(path)
+
+
 @pytest.fixture
 def workspace(tmp_path: Path) -> Path:
     """A folder as a README's reader has it after a quickstart, with 100 items of the sample and no training."""
@@ -176,6 +189,7 @@ def workspace(tmp_path: Path) -> Path:
     interactions.filter(interactions[ITEM].is_in(chosen)).write_csv(tmp_path / "interactions.csv")
     items.write_csv(tmp_path / "items.csv")
     items.head(2).with_columns(item_id=pl.Series(["new-1", "new-2"])).write_csv(tmp_path / "new_items.csv")
+    write_points(tmp_path / "runs" / "mine" / "pilot" / "points.csv")
     import torch
 
     base = random_recommender(num_items=len(items), sizes=(8, 8, 8), dtype=torch.float32)
@@ -241,6 +255,8 @@ def test_commands_of_the_readme_run(workspace: Path, fake_hub, tmp_path_factory)
     card = (workspace / "runs/mine/card/card.md").read_text()
     assert all(name in card for name in ("item-cf", "ease"))
     assert (workspace / "runs/mine/report/report.html").is_file()
+    assert json.loads((workspace / "runs/mine/pilot/fit.json").read_text())["n"] == 18
+    assert (workspace / "runs/mine/pilot/report.html").is_file()
     local, from_hub = [text for command, text in printed.items() if command.startswith("llmrec recommend")]
     assert local == from_hub
     assert [line.split()[0] for line in local.splitlines()[1:]] == ["1", "2", "3", "4", "5"]

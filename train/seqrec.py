@@ -44,7 +44,10 @@ logger = logging.getLogger("llmrec.train.seqrec")
 
 # What of the flags is kept in the artefact: what decides the weights. No path of this machine is kept, because
 # artefacts are published.
-_DATA = ("max_history", "windows", "stride", "stochastic_length", "thinned", "hidden_share", "tokens_per_batch")
+_DATA = (
+    *("max_history", "windows", "stride", "stochastic_length", "thinned", "hidden_share", "tokens_per_batch"),
+    *("train_share", "train_share_seed"),
+)
 _TRAINING = (
     *("seed", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "adam_beta2"),
@@ -81,6 +84,7 @@ def main(
     from llmrec.catalog import CATALOG_FOLDER
     from llmrec.catalog_versions import refuse_to_replace
     from llmrec.data.items import Items
+    from llmrec.data.subset import learnt_events, learnt_split
     from llmrec.evaluation.evaluation import check_name
     from llmrec.sequence.histories import LoggedHistories
     from llmrec.sequence.model import SequenceModel, sequence_config
@@ -115,8 +119,11 @@ def main(
     if data.items is not None:
         items = names.read_items(data.items).with_missing(interactions)
     split = splits.make(interactions, items)
-    events = event.config(split)
-    features = item.features(split)
+    # What is learnt from, or fitted to it, is this share's; what is asked and ranked is the whole split's.
+    learnt = learnt_split(split, data.train_share, data.train_share_seed)
+    seen = learnt_events(learnt, data.max_history + 1 if data.windows == "last" else None)
+    events = event.config(learnt)
+    features = item.features(learnt)
     positions = events.positions(data.max_history) + (1 if encoder.encoder == "bert4rec" else 0)
     config = sequence_config(
         encoder.config(positions),
@@ -132,7 +139,7 @@ def main(
     model.representation.set_items(features)
     if encoder.body is not None:
         cast("CausalBodyModel", model.encoder).load_body(encoder.body)
-    histories = LoggedHistories(split, events)
+    histories = LoggedHistories(learnt, events)
     windows = TrainingWindows(
         histories,
         data.max_history,
@@ -149,7 +156,8 @@ def main(
     chosen = np.sort(drawn[: data.eval_users or len(valid)])
     record = {
         "system": system,
-        "data": {name: getattr(data, name) for name in _DATA},
+        "data": {name: getattr(data, name) for name in _DATA}
+        | {"train_users": len(np.unique(learnt.owner[seen])), "train_tokens": int(seen.sum())},
         "encoder": asdict(encoder) | {name: None for name in _PLACES if hasattr(encoder, name)},
         "items": asdict(item) | {name: None for name in _PLACES if hasattr(item, name)},
         "events": asdict(event),
@@ -174,7 +182,7 @@ def main(
     )
     # What no flag and no hash of the split says: times, actions and domains, texts' vectors and codes.
     read = digest([*histories.columns.values(), features.vectors, features.codes])
-    described = [record, split.content_hash, config.to_dict(), data.eval_users, read]
+    described = [record, learnt.content_hash, config.to_dict(), data.eval_users, read]
     resume = checkpoint_to_resume(training.output_dir, described, data.fresh)
     if resume is not None:
         logger.info("continuing from %s", resume)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from trl import TrlParser
 
     from llmrec.artefact_parts import Settings
+    from llmrec.data.split import Split
     from llmrec.tasks.task_data import TaskData
     from llmrec.training.arguments import FineTuningArguments
     from llmrec.training.phases import Phase
@@ -47,7 +48,7 @@ logger = logging.getLogger("llmrec.train.sft")
 # artefacts are published.
 _DATA = (
     *("prompt", "max_title_tokens", "like_threshold", "max_text_tokens", "max_history", "num_beams", "eval_users"),
-    *("eval_rows", "stream"),
+    *("eval_rows", "stream", "train_share", "train_share_seed"),
 )
 _TRAINING = (
     *("seed", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -79,6 +80,8 @@ def main(
     from llmrec.backbones.adapters import merge
     from llmrec.catalog import CATALOG_FOLDER
     from llmrec.catalog_versions import refuse_to_replace
+    from llmrec.data.subset import learnt_events
+    from llmrec.evaluation.evaluation import check_name
     from llmrec.examples import check_lengths
     from llmrec.tasks.dataset import next_item_cases, training_dataset
     from llmrec.tasks.mixture import Mixture
@@ -90,6 +93,7 @@ def main(
     # Whatever can be wrong is found out before a weight is loaded.
     transformers.set_seed(training.seed)
     data.check(training.max_steps)
+    check_name(data.system)
     backbone.check()
     mixture = Mixture.parse(data.tasks)
     tasks = sorted({entry.task for entry in mixture.entries})
@@ -101,7 +105,7 @@ def main(
     phases = plan_phases(backbone, training, Path(data.artefact), data.stream)
     if data.semantic_ids is None and any(phase.method == NEW_TOKENS for phase in phases):
         raise BackboneError("Titles are spelt with old tokens, so no new ones can be trained. Leave new_tokens out.")
-    held, built = data.read(names, splits, backbone)
+    held, split, built = data.read(names, splits, backbone)
     drawn = np.random.default_rng(training.seed).permutation(len(held.split.targets("valid")))
     valid = list(next_item_cases(held, "valid", np.sort(drawn[: data.eval_rows]).tolist()))
     if not valid:
@@ -117,17 +121,18 @@ def main(
     if data.stream:
         logger.info("the stream is read once, to know its longest row")
     longest = max(check_lengths(valid, limit, held.catalog.num_levels), check_lengths(rows, limit))
-
+    seen = learnt_events(held.split)
     settings = Settings(
         max_history=data.max_history,
         num_beams=data.num_beams,
         max_text_tokens=data.max_text_tokens,
         softmax="semantic_ids" if training.loss_vocabulary == "semantic_ids" else "vocabulary",
-        split=held.split.content_hash,
-        protocol=dict(held.split.protocol),
+        split=split.content_hash,
+        protocol=dict(split.protocol),
         training={
             "data": {name: getattr(data, name) for name in _DATA}
-            | {"prompt": Path(data.prompt).name, "tasks": str(mixture)},
+            | {"prompt": Path(data.prompt).name, "tasks": str(mixture)}
+            | {"train_users": len(np.unique(held.split.owner[seen])), "train_tokens": int(seen.sum())},
             "semantic_ids": described_codes(built),
             "backbone": asdict(backbone) | {"backbone": without_path(backbone.backbone)},
             "trainer": {name: getattr(training, name) for name in _TRAINING},
@@ -173,6 +178,8 @@ def main(
         elif trained is not None:
             settings.training |= record_of(trainer, seconds)
             save(data, held, settings, tasks, phase, trained.eval(), base, compute_dtype)
+            if data.test_users:
+                test(data, split, held, settings)
         trainer.accelerator.wait_for_everyone()
         result = phase.result
 
@@ -289,6 +296,67 @@ def save(
         )
     training_page(phase.arguments.output_dir).write(Path(phase.arguments.output_dir) / "training.html")
     logger.info("artefact saved to %s; its training's course is in %s", data.artefact, phase.arguments.output_dir)
+
+
+def test(data: DataArguments, split: "Split", held: "TaskData", settings: "Settings") -> None:
+    """Ranks test cases with the artefact as it is served; writes metrics.json and the evaluation beside it."""
+    import numpy as np
+
+    from llmrec.evaluation.evaluation import evaluate
+    from llmrec.prompt import EVENT_COLUMNS
+    from llmrec.recommender import Recommender
+    from llmrec.storage import write_json
+
+    cases = np.arange(len(split.targets("test")))
+    if 0 < data.test_users < len(cases):
+        # Drawn alike whatever the training's seed, so that trainings are asked the same.
+        cases = np.sort(np.random.default_rng(0).permutation(cases)[: data.test_users])
+    places: list[int] = cases.tolist()
+    recommender = Recommender.from_pretrained(data.artefact)
+    events = held.case_events("test", places) if held.prompt.attributes & set(EVENT_COLUMNS) else None
+    said = list(held.case_variables("test", places))
+    given: dict[str, Any] = {name: [case[name] for case in said] for name in held.prompt.variables - {"history"}}
+
+    def recommend(histories: Any, k: int) -> list[list[int]]:
+        rows = [history.tolist() for history in histories]
+        num_beams = max(k, data.num_beams)
+        return recommender.recommend_rows(rows, k, num_beams=num_beams, progress=True, events=events, **given)[0]
+
+    trained = {
+        name: value for name, value in settings.training.items() if name not in ("evaluations", "cost", "versions")
+    }
+    evaluation = evaluate(
+        data.system,
+        split,
+        "test",
+        recommend=recommend,
+        ks=(5, 10, 20),
+        cases=cases,
+        facts={
+            "seeds": {"training": trained["trainer"]["seed"], "users": 0},
+            "settings": {"num_beams": data.num_beams, "training": trained},
+            **{name: settings.training[name] for name in ("cost", "versions")},
+        },
+    )
+    document = evaluation.document()
+    folder = Path(data.artefact).resolve().parent
+    evaluation.save(folder, document)
+    write_json(
+        folder / "metrics.json",
+        {
+            "system": evaluation.system,
+            "split": split.content_hash,
+            "protocol": dict(split.protocol),
+            "validation": settings.training["evaluations"],
+            "test": document,
+            # With the flags as they were asked for: a recipe, or a study, holds them against its own.
+            "training": trained | {"data": trained["data"] | {"prompt": data.prompt, "tasks": data.tasks}},
+            "cost": settings.training["cost"],
+            "versions": settings.training["versions"],
+        },
+    )
+    shown = ", ".join(f"{name} {document[name]:.4f}" for name in ("HR@10", "NDCG@10"))
+    logger.info("%d test cases: %s; %s", document["cases"], shown, folder / "metrics.json")
 
 
 def described_codes(built: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from llmrec.cli.entropy import entropy
 from llmrec.cli.options import (
     ActionColumn,
     DomainColumn,
@@ -375,3 +376,6 @@ def merge(
         title=title_column,
     )
     preparation.merge(interactions, items or [], out, json_file, names, timestamp_unit, invalid_rows)
+
+
+app.command()(entropy)

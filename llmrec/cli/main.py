@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 import llmrec
-from llmrec.cli import baseline, data, export, ids, recommend, servers
+from llmrec.cli import baseline, data, export, ids, recommend, scale, servers
 from llmrec.cli.options import Artefact, InvalidRows, Revision, SplitName, TimestampUnit
 from llmrec.exceptions import LLMRecError
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 app.add_typer(data.app, name="data")
 app.add_typer(ids.app, name="ids")
+app.add_typer(scale.app, name="scale")
 
 
 def main() -> None:

@@ -7,12 +7,12 @@ import polars as pl
 
 from llmrec.data import copies, distribution, leaks, order
 from llmrec.data.columns import ITEM, TITLE
-from llmrec.data.entropy import entropies
 from llmrec.data.findings import findings
 from llmrec.data.interactions import Interactions
 from llmrec.data.items import Items
 from llmrec.data.split import Split
 from llmrec.exceptions import DataError
+from llmrec.scaling.entropy import entropies
 
 
 def report(
@@ -38,7 +38,7 @@ def report(
         * ties, sensitivity, id_order, fixed_order (of ties), fixed_order_day, fixed_order_untimed:
           `llmrec.data.order`;
         * text: items without title and without any text;
-        * entropy: of the training sequences, see `llmrec.data.entropy`;
+        * entropy: of the training sequences, see `llmrec.scaling.entropy`;
         * findings: see `llmrec.data.findings`, warnings first.
 
     Raises:

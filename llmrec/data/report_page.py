@@ -206,12 +206,15 @@ def _entropy(found: Page, entropy: dict[str, Any]) -> None:
         "code prints."
     )
     drawn = entropy["tokens"] != entropy["tokens_in_all"]
+    packed = entropy["compression"]
     rows = [
         ["tokens", f"{entropy['tokens_in_all']:,}"],
         ["tokens looked at", f"{entropy['tokens']:,} of {entropy['users']:,} users" + (" (drawn)" if drawn else "")],
         ["Shannon entropy of items", f"{entropy['shannon']:.4f}"],
         ["approximate entropy, m = 1", f"{entropy['approximate_m1']:.4f}"],
         ["approximate entropy, m = 2", f"{entropy['approximate_m2']:.4f}"],
+        ["the same, mean over users", _optional(entropy["approximate_users"]["mean"], ".4f")],
+        [f"compression ratio (zstd {packed['level']})", _optional(packed["ratio"], ".3f")],
         ["real entropy S", f"{entropy['real']:.4f}"],
         ["quality S' = 1 / S", _optional(entropy["quality"], ".4f")],
         ["effective data", _optional(entropy["effective_data"], ",.0f")],
@@ -219,6 +222,8 @@ def _entropy(found: Page, entropy: dict[str, Any]) -> None:
         ["dictionary variant of S'", _optional(entropy["dictionary_quality"], ".4f")],
     ]
     found.table(["what", "value"], rows)
+    if entropy["approximate_users"]["warning"]:
+        found.paragraph(entropy["approximate_users"]["warning"])
 
 
 def _counts(report: dict[str, Any]) -> Iterator[list[str]]:

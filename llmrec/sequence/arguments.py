@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from llmrec.data.subset import check_share
 from llmrec.exceptions import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -348,6 +349,14 @@ class SequenceArguments:
         default=0, metadata={"help": "Validation cases ranked at every evaluation, drawn with the seed; 0: all."}
     )
     ks: list[int] = field(default_factory=lambda: [5, 10, 20, 50], metadata={"help": "Cut-offs of the final test."})
+    train_share: float = field(
+        default=1.0,
+        metadata={
+            "help": "The share of the users whose training interactions are learnt from; smaller shares are parts of "
+            "larger ones. Validation, test, items and histories stay the same."
+        },
+    )
+    train_share_seed: int = field(default=0, metadata={"help": "The seed by which these users are drawn."})
     fresh: bool = field(default=False, metadata={"help": "Ignore the checkpoints of an earlier run."})
 
     def check(self) -> None:
@@ -365,6 +374,7 @@ class SequenceArguments:
             raise RecipeError(f"--hidden_share is {self.hidden_share}. Give a share between 0 and 1.")
         if not self.ks or min(self.ks) < 1:
             raise RecipeError(f"--ks is {self.ks}. Give cut-offs from 1 on.")
+        check_share(self.train_share, self.train_share_seed)
 
     @property
     def folder(self) -> Path:

@@ -10,6 +10,7 @@ from llmrec.data.arguments import ColumnArguments, SplitArguments
 from llmrec.exceptions import DataError
 
 if TYPE_CHECKING:
+    from llmrec.data.split import Split
     from llmrec.tasks.task_data import TaskData
 
 
@@ -56,11 +57,31 @@ class DataArguments:
     any_split: bool = field(
         default=False, metadata={"help": "Take codes that were built on another split; they may know held-out items."}
     )
+    train_share: float = field(
+        default=1.0,
+        metadata={
+            "help": "The share of the users whose training interactions are learnt from; smaller shares are parts of "
+            "larger ones. Validation, test, items and histories stay the same; so do semantic IDs, built before."
+        },
+    )
+    train_share_seed: int = field(default=0, metadata={"help": "The seed by which these users are drawn."})
+    test_users: int = field(
+        default=0,
+        metadata={
+            "help": "Test cases ranked when the artefact is saved, the same in every training, for metrics.json "
+            "and evaluation/ beside it; -1: all, 0: none, and train/score.py does it."
+        },
+    )
+    system: str = field(default="llmrec", metadata={"help": "With --test_users: its name in a comparison."})
     fresh: bool = field(default=False, metadata={"help": "Ignore the checkpoints of an earlier run."})
 
     def check(self, max_steps: int) -> None:
         """Raises DataError for flags that ask for nothing or do not go together; `max_steps` is the Trainer's."""
-        for name, least in (("max_history", 1), ("num_beams", 1), ("eval_users", 0), ("eval_rows", 1)):
+        from llmrec.data.subset import check_share
+
+        check_share(self.train_share, self.train_share_seed)
+        counted = (("max_history", 1), ("num_beams", 1), ("eval_users", 0), ("eval_rows", 1), ("test_users", -1))
+        for name, least in counted:
             if getattr(self, name) < least:
                 raise DataError(f"--{name} is {getattr(self, name)}. It counts from {least}.")
         if (self.semantic_ids is None) == (self.items is None):
@@ -70,8 +91,11 @@ class DataArguments:
 
     def read(
         self, names: ColumnArguments, splits: SplitArguments, backbone: BackboneArguments
-    ) -> tuple["TaskData", dict[str, Any]]:
-        """Interactions, items, catalog, tokenizer and templates; and what is recorded of how the codes were built.
+    ) -> tuple["TaskData", "Split", dict[str, Any]]:
+        """What rows are made of, the whole split, and what is recorded of how the codes were built.
+
+        The split of the former has the training interactions of `train_share` alone; the whole one says what the
+        recommender is tested on, and what its artefact belongs to.
 
         Raises:
             DataError: if the tables cannot be read or split, or the codes were built on another split.
@@ -82,6 +106,7 @@ class DataArguments:
         from llmrec.backbones.causal_lm import load_tokenizer
         from llmrec.catalog_versions import CatalogVersions
         from llmrec.data.items import Items
+        from llmrec.data.subset import learnt_split
         from llmrec.prompt import Prompt
         from llmrec.stages import stage_path
         from llmrec.tasks.tables import Preferences, Queries
@@ -111,6 +136,7 @@ class DataArguments:
                 f"{split.content_hash[:12]}: they may know its held-out items. Build them again from the same "
                 "interactions, items and split flags; or say --any_split, as when items and interactions came since."
             )
+        learnt = learnt_split(split, self.train_share, self.train_share_seed)
         own = self.prompt.endswith(".jinja")
         prompt = Prompt.read(self.prompt if own else stage_path(f"prompts/{self.prompt}.jinja"))
         templates = shipped_templates() if self.templates is None else load_templates(self.templates)
@@ -123,7 +149,7 @@ class DataArguments:
         else:
             catalog = add_catalog_tokens(tokenizer, catalog)
         held = TaskData(
-            split,
+            learnt,
             catalog,
             tokenizer,
             prompt,
@@ -132,7 +158,7 @@ class DataArguments:
             max_text_tokens=self.max_text_tokens,
             like_threshold=self.like_threshold,
             text_columns=None if names.text_columns is None else tuple(names.text_columns),
-            queries=None if self.queries is None else Queries.read(self.queries, split, names.names()),
+            queries=None if self.queries is None else Queries.read(self.queries, learnt, names.names()),
             preferences=None if self.preferences is None else Preferences.read(self.preferences, names.names()),
         )
-        return held, built
+        return held, split, built

@@ -346,7 +346,7 @@ def test_column_options_are_those_of_the_scripts_and_all_reach_the_reader(call, 
 
 def test_every_command_s_help_has_an_example(call):
     names = list(typer.main.get_command(app).commands["data"].commands)
-    assert names == ["clean", "convert", "split", "report", "merge"]
+    assert names == ["clean", "convert", "split", "report", "merge", "entropy"]
     assert [command.callback.__name__ for command in commands.app.registered_commands] == names
     for name in names:
         code, text, _ = call(name, "--help")

@@ -44,6 +44,9 @@ def test_figures_are_those_of_the_report(found: dict[str, Any]) -> None:
     joined = "".join(Seen(page(found).render()).texts)
     assert f"{found['counts']['interactions']:,}" in joined
     assert f"{found['entropy']['real']:.4f}" in joined
+    assert f"{found['entropy']['compression']['ratio']:.3f}" in joined
+    assert f"{found['entropy']['approximate_users']['mean']:.4f}" in joined
+    assert found["entropy"]["approximate_users"]["warning"] in joined
     assert f"Gini {found['popularity']['gini']:.3f}" in joined
     assert f"{100 * found['sensitivity']['expected_changed_share']:.1f} % of" in joined
     assert f"Ids ascend (same time) in {100 * found['id_order']['ties']['ascending_share']:.1f} %" in joined
