@@ -1,8 +1,7 @@
 """The work of `llmrec data`: reads what the user brought, calls the library, writes files, and says what was found."""
 
 import json
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -11,10 +10,10 @@ from typing import Any, Literal
 
 import polars as pl
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from llmrec.cli.observed import observed
 from llmrec.data.arguments import SplitArguments
 from llmrec.data.cases import write_split
 from llmrec.data.cleaning import CleaningReport
@@ -78,7 +77,7 @@ def clean(sources: Sources, out: Path, json_file: Path | None, **settings: Any) 
         DataError: if the sources cannot be read, the settings leave nothing, or the folder cannot be written.
     """
     console = _console()
-    with _observed() as announce:
+    with observed() as announce:
         announce("reading", None)
         interactions = sources.read_interactions()
         flaws = None
@@ -127,7 +126,7 @@ def convert(
         DataError: if it cannot be read, or the file cannot be written.
     """
     console = _console()
-    with _observed() as announce:
+    with observed() as announce:
         announce("reading", None)
         table = open_table(source)
         if kind == "interactions":
@@ -167,7 +166,7 @@ def merge(
     from llmrec.data.merging import merge as merge_all
 
     console = _console()
-    with _observed() as announce:
+    with observed() as announce:
         announce("reading", None)
         interactions, items, report = merge_all(
             {
@@ -202,7 +201,7 @@ def split(sources: Sources, arguments: SplitArguments, out: Path, json_file: Pat
         DataError: if the sources cannot be read, cannot be split so, or the files cannot be written.
     """
     console = _console()
-    with _observed() as announce:
+    with observed() as announce:
         announce("reading", None)
         interactions = sources.read_interactions()
         items = sources.read_items(interactions)
@@ -235,7 +234,7 @@ def report(
     from llmrec.data.report_page import page
 
     console = _console()
-    with _observed() as announce:
+    with observed() as announce:
         announce("reading", None)
         interactions = sources.read_interactions()
         items = sources.read_items(interactions)
@@ -361,45 +360,3 @@ def _console() -> Console:
 
 def _say(console: Console, text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-class _Teller(logging.Handler):
-    """Prints what the library logs, above the progress, on standard error; what was said once is not said again."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(logging.INFO)
-        self._console = console
-        self._said: set[str] = set()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if message in self._said:
-            return
-        self._said.add(message)
-        style = "yellow" if record.levelno >= logging.WARNING else "dim"
-        self._console.print(Text(f"{record.levelname.lower()}: {message}", style=style), soft_wrap=True)
-
-
-@contextmanager
-def _observed() -> Iterator[Callable[[str, float | None], None]]:
-    """While it lasts, what the library finds out and warns of is printed, and a line says what is going on.
-
-    Both go to standard error. The function that it yields takes what is begun, and how much of it is done, if known.
-    """
-    console = Console(stderr=True)
-    logger, teller = logging.getLogger("llmrec"), _Teller(console)
-    level = logger.level
-    logger.addHandler(teller)
-    logger.setLevel(logging.INFO)
-    shown = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    try:
-        with Progress(*shown, console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task("", total=None)
-
-            def announce(name: str, done: float | None) -> None:
-                progress.update(task, description=name, total=None if done is None else 1.0, completed=done or 0.0)
-
-            yield announce
-    finally:
-        logger.removeHandler(teller)
-        logger.setLevel(level)
