@@ -73,7 +73,8 @@ def flags() -> set[str]:
     """All flags of the command line and, as their fields spell them, of the stages' scripts."""
     found = set(FOREIGN | TRAINER | {"--config", "--help"})
     commands = typer.main.get_command(app).commands
-    for command in (*commands.values(), *commands["data"].commands.values(), *commands["ids"].commands.values()):
+    groups = [command for name in ("data", "ids", "scale") for command in commands[name].commands.values()]
+    for command in (*commands.values(), *groups):
         for parameter in command.params:
             found |= {*parameter.opts, *parameter.secondary_opts}
     sources = [ROOT / name for name in stage_files() if name.endswith(".py")]

@@ -1,5 +1,6 @@
 """`llmrec scale cost`: what training a model costs, and with a probe how long it takes on this machine."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -30,7 +31,7 @@ _MACHINE = "This machine"
 _LANGUAGE = "lm:"
 # Flags of train/seqrec.py whose names are longer than a Shape's.
 _LONG_NAMES = {"inner": "intermediate_size", "time_buckets": "num_time_buckets"}
-_TEXT, _CODES = 512, 256  # words that a small text vocabulary has, and codes of a level
+_TEXT, _LEVELS, _CODES = 512, 3, 256  # words of a small text vocabulary, codes of an item, and how many a level has
 
 
 def cost(
@@ -70,9 +71,18 @@ def cost(
     ] = None,
     vocabulary: Annotated[
         int | None,
-        typer.Option(min=2, help="lm: words; default: 512 of text and 256 of each code.", rich_help_panel=_MODEL),
+        typer.Option(
+            min=2,
+            help="lm: words; default: 512 of text and those of --semantic-ids, else 256 of each code.",
+            rich_help_panel=_MODEL,
+        ),
     ] = None,
-    codes: Annotated[int, typer.Option(min=1, help="lm: tokens of an item.", rich_help_panel=_MODEL)] = 3,
+    codes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="lm: tokens of an item; default: as --semantic-ids has them, else 3.", rich_help_panel=_MODEL
+        ),
+    ] = None,
     lora_rank: Annotated[
         int | None, typer.Option(min=1, help="lm: of adapters; without, all is trained.", rich_help_panel=_MODEL)
     ] = None,
@@ -135,9 +145,14 @@ def cost(
         raise DataError("Nothing says how many items and events there are. Give --items and --tokens, or a log.")
     found: Shape | LanguageShape
     if encoder.startswith(_LANGUAGE):
-        found = _language(encoder, depth, width, vocabulary, codes, length, heads, lora_rank, device, flag)
+        _refuse(encoder, {"--items": items, "--negatives": negatives, "--shared-negatives": shared_negatives or None})
+        sizes = _codebooks(vocabulary, codes, semantic_ids)
+        found = _language(encoder, depth, width, *sizes, length, heads, lora_rank, device, flag)
     else:
-        found = _sequence(encoder, depth, width, items or 2, length, heads, negatives, shared_negatives, device, flag)
+        own = {"--vocabulary": vocabulary, "--codes": codes, "--lora-rank": lora_rank, "--semantic-ids": semantic_ids}
+        _refuse(encoder, own)
+        known = 2 if items is None else items  # with a log they are counted, below
+        found = _sequence(encoder, depth, width, known, length, heads, negatives, shared_negatives, device, flag)
     given = {
         **{"user_column": user_column, "item_column": item_column, "timestamp_column": timestamp_column},
         **{"position_column": position_column, "timestamp_unit": timestamp_unit, "invalid_rows": invalid_rows},
@@ -181,11 +196,41 @@ def _sequence(
     )  # fmt: skip
 
 
+def _refuse(encoder: str, given: dict[str, Any]) -> None:
+    """Raises DataError for an option whose value nothing of this model would read."""
+    if named := [name for name, value in given.items() if value is not None]:
+        raise DataError(f"{named[0]} is given, and nothing of {encoder} hangs on it. Leave it out.")
+
+
+def _codebooks(vocabulary: int | None, codes: int | None, ids: Path | None) -> tuple[int, int]:
+    """Words, and tokens of an item: as they were said, else as the codes have them.
+
+    Raises:
+        DataError: if the codes contradict what was said.
+    """
+    if ids is None:
+        levels = codes or _LEVELS
+        return vocabulary or _TEXT + _CODES * levels, levels
+    sizes = _sizes(ids)
+    if codes is not None and codes != len(sizes):
+        raise DataError(f"--codes is {codes}, and an item has {len(sizes)} in {ids}. Leave it out.")
+    if vocabulary is not None and vocabulary <= sum(sizes):
+        raise DataError(f"--vocabulary is {vocabulary}, and {ids} has {sum(sizes)} codes. Add the words of text.")
+    return vocabulary or _TEXT + sum(sizes), len(sizes)
+
+
+def _sizes(ids: Path) -> Sequence[int]:
+    """How many codes the levels of semantic IDs have."""
+    from llmrec.catalog import Catalog
+
+    return Catalog.from_build(str(ids)).codebook_sizes
+
+
 def _language(
     encoder: str,
     depth: int,
     width: int,
-    vocabulary: int | None,
+    vocabulary: int,
     codes: int,
     length: int,
     heads: int | None,
@@ -198,8 +243,7 @@ def _language(
     if flags:
         raise DataError(f"--flag {flags[0]} is an encoder's, and {encoder} is a language model. Leave it out.")
     kind: Any = encoder.removeprefix(_LANGUAGE)
-    words = vocabulary or _TEXT + _CODES * codes
-    return LanguageShape(kind, depth, width, words, codes, length, heads or 4, lora_rank=rank, device=device)
+    return LanguageShape(kind, depth, width, vocabulary, codes, length, heads or 4, lora_rank=rank, device=device)
 
 
 def _given(flags: list[str] | None) -> dict[str, Any]:
@@ -262,6 +306,7 @@ def _arguments(
             )
         values |= {"model_type": shape.model_type, "intermediate_size": shape.inner_width, "semantic_ids": str(ids)}
         values |= {"tasks": "sequence", "prompt": "semantic_ids", "eval_users": 0}
+        values |= {"text_vocab_size": shape.vocabulary - sum(_sizes(ids))}
         script = "train/sft.py"
     else:
         values |= {"encoder": shape.encoder}

@@ -1,5 +1,6 @@
 """`llmrec scale fit` and `llmrec scale predict`: laws from a table of trainings, and what they say of other sizes."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -115,8 +116,24 @@ def predict(
         raise DataError("A size has a depth and a width, and one of them is missing. Give both, or --fixed-depth.")
     if len(given) > 1:
         raise DataError(f"{', '.join(given)} are given together. Give a size or one constraint.")
+    has_budget = max_parameters is not None or max_flops is not None
+    unused = {"--encoder": encoder, "--items": items, "--heads": heads}
+    if idle := [name for name, value in unused.items() if value is not None and not has_budget]:
+        raise DataError(
+            f"{', '.join(idle)} say what a model costs, and there is no budget. Give --max-parameters or --max-flops, "
+            "or leave them out."
+        )
     found = ScalingFit.load(fit)
     tokens, quality = _data(found, tokens, quality)
+    for name, value in (("tokens", tokens), ("quality", quality)):
+        if not 0 < value < math.inf:
+            raise DataError(f"The {name} to predict for is {value:g}. Give a number above 0.")
+    if negatives not in (None, found.most[1]) and not has_budget and found.grid.levels("negatives") < 2:
+        raise DataError(
+            f"--negatives is {negatives:g}, and the points do not tell what negatives do: "
+            f"{'none has any' if found.most[1] is None else f'all have {found.most[1]:g}'}. Leave it out, or add "
+            "trainings with other numbers of negatives."
+        )
     effective = tokens * quality
     document: dict[str, Any] = {
         "fit": str(fit),
@@ -129,10 +146,13 @@ def predict(
         "optimum": None,
     }
     if depth is None or width is None:
-        budget = _budget(found, max_parameters, max_flops, encoder, items, length, heads, tokens, epochs)
+        given_negatives = found.most[1] if negatives is None else negatives
+        budget = _budget(
+            found, max_parameters, max_flops, encoder, items, length, heads, given_negatives, tokens, epochs
+        )
         best = found.best(effective, negatives, fixed_depth, fixed_size, budget, force)
         depth, width = best.depth, best.width
-        document["optimum"] = best.document()
+        document["optimum"] = best.document() | {"cost_of": None if budget is None else budget.what}
     predicted = found.predict(depth, width, effective, negatives, force)
     base = (float(depth), float(width))
     doubled = found.gains(None, base, effective, negatives, force)
@@ -146,6 +166,10 @@ def predict(
         "verdict": found.verdict(base, effective, negatives, force),
         "reasons": found.reasons(),
     }
+    if not 0 <= document["metric"] <= 1:
+        document["reasons"].append(
+            f"The law says {document['metric']:.4g}, which no metric can be: it does not hold so far from the points."
+        )
     if json_file is not None:
         write_json(json_file, document)
     _print_prediction(_console(), document)
@@ -168,6 +192,7 @@ def _budget(
     items: int | None,
     length: int,
     heads: int | None,
+    negatives: float | None,
     tokens: float,
     epochs: float,
 ) -> "Budget | None":
@@ -189,7 +214,6 @@ def _budget(
         )
     if items is None:
         raise DataError("A budget needs the size of the catalog, whose table is part of the model. Give --items.")
-    negatives = found.most[1]
 
     def shape(layers: float, size: float) -> Shape:
         sampled = None if negatives is None else int(negatives)
@@ -201,7 +225,8 @@ def _budget(
     def operations(depths: "np.typing.NDArray[np.float64]", widths: "np.typing.NDArray[np.float64]") -> list[float]:
         return [cost_of(shape(*size)).flops(tokens, epochs) for size in zip(depths, widths, strict=True)]
 
-    step = 1 if name == "gru4rec" else shape(1, 840).num_heads
+    # Widths that can be built: the heads share them, and those of a llama are turned in pairs.
+    step = 1 if name == "gru4rec" else shape(1, heads or 2).num_heads * (2 if name == "llama" else 1)
     if max_parameters is not None:
         return Budget(parameters, max_parameters, "parameters", step)
     assert max_flops is not None
@@ -262,7 +287,7 @@ def _print_prediction(console: "Console", document: Mapping[str, Any]) -> None:
         ranges = {axis: f"{best['interval'][axis][0]} to {best['interval'][axis][1]}" for axis in ("depth", "width")}
         said = f"Best: depth {best['depth']} ({ranges['depth']}), width {best['width']} ({ranges['width']}), {data}."
         if best["cost"] is not None:
-            said += f" It costs {best['cost']:,.0f}."
+            said += f" It costs {best['cost']:,.0f} {best['cost_of']}."
     console.print(said, markup=False, highlight=False)
     if best is not None:
         for axis, end in best["at_end"].items():

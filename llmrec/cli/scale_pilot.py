@@ -191,9 +191,7 @@ def run(
     max_minutes: Annotated[
         float, typer.Option(min=0, help="Begin no training after so many minutes; 0: no limit.")
     ] = 0.0,
-    processes: Annotated[
-        int, typer.Option(min=1, help="Processes of each training; more than one are started by accelerate.")
-    ] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Processes of each training, which accelerate starts.")] = 1,
 ) -> None:
     """Train what a pilot plans, and keep a table of its points.
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import polars as pl
 
 from llmrec.exceptions import DataError
-from llmrec.scaling.points import ScalingPoints
+from llmrec.scaling.points import ScalingPoints, encoders_of
 from llmrec.scaling.scaling_fit import ScalingFit
 
 Table = npt.NDArray[np.float64]
@@ -93,7 +93,10 @@ class EncoderAccount:
         return self.encoder or "trainings"
 
     def document(self) -> dict[str, Any]:
-        """JSON-ready: encoder, refusal, fit (`fit_document`, or None), held_out."""
+        """JSON-ready: encoder, refusal, fit (`fit_document`, or None), held_out, cost, frontier, loss_agreement.
+
+        `frontier` has a cell each, by rising cost; it is None without costs.
+        """
         from llmrec.scaling.fit_document import fit_document
 
         return {
@@ -101,7 +104,18 @@ class EncoderAccount:
             "refusal": self.refusal or None,
             "fit": None if self.fit is None else fit_document(self.fit),
             "held_out": [asdict(cell) | {"interval": list(cell.interval)} for cell in self.held_out],
+            "cost": self.cost,
+            "frontier": self._frontier_document(),
+            "loss_agreement": self.loss_agreement(),
         }
+
+    def _frontier_document(self) -> list[dict[str, float]] | None:
+        if self.fit is None or self.costs is None:
+            return None
+        grid, costs = self.fit.grid, self.cell_costs()
+        columns = {"cost": costs, "depth": grid.depth, "width": grid.width, "effective": grid.effective}
+        columns["metric"] = grid.mean
+        return [{name: float(values[place]) for name, values in columns.items()} for place in self.frontier()]
 
     def frontier(self) -> list[int]:
         """The cells that nothing cheaper equals, by cost; empty without costs. Places in the grid of `cell_costs`."""
@@ -143,12 +157,7 @@ def accounts(frame: pl.DataFrame, resamples: int = 1000, seed: int = 0) -> list[
     Raises:
         DataError: see `EncoderAccount.of`.
     """
-    if "encoder" not in frame.columns:
-        return [EncoderAccount.of(frame, None, resamples, seed)]
-    names = sorted(str(name) for name in frame["encoder"].unique().to_list())
-    if not names:
-        raise DataError("There are no points. Add one row per training.")
-    return [EncoderAccount.of(frame, name, resamples, seed) for name in names]
+    return [EncoderAccount.of(frame, name, resamples, seed) for name in encoders_of(frame) or (None,)]
 
 
 def _rows(frame: pl.DataFrame, encoder: str | None) -> pl.DataFrame:

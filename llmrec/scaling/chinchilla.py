@@ -1,7 +1,7 @@
 """The form of Chinchilla's law (arXiv 2203.15556) for a metric: E - A / P^a [- C / D'^c].
 
 P = depth * width^2, to which the parameters of a Transformer's or HSTU's layers are proportional (12 or 5 of it; the
-factor goes into A); the items' table, depth * items at most, is not counted. Depth and width matter by P alone.
+factor goes into A); the items' table, width * items, is not counted. Depth and width matter by P alone.
 """
 
 from typing import ClassVar

@@ -3,6 +3,7 @@
 Seconds are `llmrec.scaling.throughput`'s, which measures them.
 """
 
+import math
 from dataclasses import dataclass
 
 from llmrec.exceptions import DataError
@@ -49,8 +50,10 @@ class Cost:
         Raises:
             DataError: if there is nothing to train on.
         """
-        if not (tokens > 0 and epochs > 0):
-            raise DataError(f"{tokens:g} events for {epochs:g} epochs are no training. Give more than 0 of both.")
+        if not (0 < tokens < math.inf and 0 < epochs < math.inf):
+            raise DataError(
+                f"{tokens:g} events for {epochs:g} epochs are no training. Give more than 0 of both, and an end."
+            )
         return self.flops_per_token * tokens * epochs
 
     def activation_bytes(self, windows: float) -> float:

@@ -4,6 +4,9 @@ Rising ever more slowly and rising to a peak look alike where noise is large, an
 find one. So a peak is believed only if a monotone axis would hardly have given such points (Cox 1962; by simulation,
 Williams 1970): the law with that axis' term replaced by a power law's is fitted, many grids are drawn from it with its
 own noise, and the share is counted in which the peaked form wins by as much as it does on the points.
+
+What rises and then stays is no power law either, and has no peak. So the largest size must also be worse than the best
+one, by more than chance and whatever the shape between them. Both have to be rejected: the larger p-value counts.
 """
 
 from dataclasses import dataclass, replace
@@ -31,8 +34,9 @@ class AxisEvidence:
         kind: "flat" (sizes do not differ by more than chance), "peaked" (a peak inside the grid, that monotone axes
             would hardly give), "rising" or "falling".
         effect_p: chance of so much difference if the axis did nothing.
-        peak_p: chance of such a shape if the axis were monotone, corrected for both axes (Holm); 1 where the best lies
-            outside the grid, None where two values cannot tell.
+        peak_p: chance of such a shape if the axis were a power law, or of so low an end if it only stayed what it was
+            at best, whichever is larger; corrected for both axes (Holm). 1 where the best lies outside the grid, None
+            where two values cannot tell.
     """
 
     axis: str
@@ -62,7 +66,9 @@ def evidence(fitted: Fitted, grid: Grid, seed: int = 0, draws: int = DRAWS) -> d
             rises[term.axis] = bool(null.parameters[start] > 0)
             slope, bend = fitted.parameters[start : start + 2]
             inside[term.axis] = bool(slope > 0 and bend * term.low < np.log(2) < bend * term.high)
-            peaks[term.axis] = chance(null, fitted, grid, seed, draws) if inside[term.axis] else 1.0
+            peaks[term.axis] = 1.0
+            if inside[term.axis]:
+                peaks[term.axis] = max(chance(null, fitted, grid, seed, draws), chance_of_end(term.axis, fitted, grid))
         else:
             rises[term.axis] = bool(fitted.parameters[start] > 0)
     corrected = dict(zip(peaks, holm(list(peaks.values())).tolist(), strict=True)) if peaks else {}
@@ -76,6 +82,44 @@ def evidence(fitted: Fitted, grid: Grid, seed: int = 0, draws: int = DRAWS) -> d
             kind = "rising" if rises[axis] else "falling"
         found[axis] = AxisEvidence(axis, kind, effect, corrected.get(axis))
     return found
+
+
+def chance_of_end(axis: str, fitted: Fitted, grid: Grid) -> float:
+    """The p-value of an axis' last size being no worse than the best one before it: Student's t, one-sided.
+
+    Depths and widths have a level each, whatever a law says of them; the noise is what the law leaves unexplained. 1
+    where the last is the best. 0 where the cells do not compare the two sizes, so that other tests decide.
+    """
+    from scipy.stats import t
+
+    root = np.sqrt(grid.count)
+    columns, names = [np.ones(len(grid))], [("", 0.0)]
+    for name in ("depth", "width"):
+        values = grid.logarithms()[name]
+        for level in np.unique(values)[1:].tolist():
+            columns.append((values == level).astype(np.float64))
+            names.append((name, level))
+    for name in ("effective", "negatives"):
+        if grid.levels(name) > 1:
+            columns.append(grid.logarithms()[name])
+            names.append((name, 0.0))
+    design = np.stack(columns, axis=1) * root[:, None]
+    inverse = np.linalg.pinv(design)
+    solved = inverse @ (root * grid.mean)
+    places = [place for place, (name, _) in enumerate(names) if name == axis]  # the first size is what others add to
+    best = int(np.argmax([0.0, *solved[places[:-1]]]))
+    contrast = np.zeros(len(names))
+    contrast[places[-1]] = -1.0
+    if best:
+        contrast[places[best - 1]] = 1.0
+    if np.abs(contrast - contrast @ inverse @ design).max() > 1e-6:
+        return 0.0
+    fall = float(contrast @ solved)
+    if fall <= 0:
+        return 1.0
+    freedom = max(len(grid) - len(fitted.parameters), 1)
+    spread = float(np.sqrt(fitted.squares / freedom) * np.linalg.norm(contrast @ inverse))
+    return float(t.sf(fall / max(spread, 1e-300), freedom))
 
 
 def chance(null: Fitted, full: Fitted, grid: Grid, seed: int = 0, draws: int = DRAWS) -> float:

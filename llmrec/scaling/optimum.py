@@ -128,13 +128,15 @@ def best_size(
     found_depth, found_width = float(depths[place]), float(widths[place])
     low, high = percentiles(law.predict_many(resampled.parameters, found_depth, found_width, effective, negatives))
     at_end = {}
-    for axis, values, fixed in (("depth", depths, depth is not None), ("width", widths, False)):
-        bounds = within.whole(axis, 2)
-        if fixed or size is not None:
+    multiple = 1 if budget is None else budget.multiple_of
+    for axis, values, step in (("depth", depths, 1), ("width", widths, multiple)):
+        if size is not None or (axis == "depth" and depth is not None):
             continue
-        if values[place] <= bounds[0] and bounds[0] > 1:
+        bounds = within.whole(axis, 2)
+        first, last = -(-int(bounds[0]) // step) * step, int(bounds[-1]) // step * step
+        if values[place] <= first and first > step:
             at_end[axis] = "low"
-        elif values[place] >= bounds[-1]:
+        elif values[place] >= last:
             at_end[axis] = "high"
     cost = None if budget is None else float(_costs(budget, depths[[place]], widths[[place]])[0])
     return Optimum(

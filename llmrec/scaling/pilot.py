@@ -21,6 +21,7 @@ LM = "lm:"  # before a recipe of train/sft.py
 SEQUENCE_RECIPE = "sasrec.yaml"  # of train/recipes, for all encoders alike: only what is studied differs
 # Flags that hang on the width: each width takes its encoder's own proportions.
 _TIED = ("qk_dim", "v_dim", "intermediate_size", "gru_size")
+_HEADLESS = ("gru4rec",)
 # What a pilot decides for every training.
 _OWN = ("encoder", "num_hidden_layers", "hidden_size", "train_share", "train_share_seed")
 _LM_CUTOFFS = (5, 10, 20)  # of train/sft.py
@@ -111,7 +112,7 @@ class PilotEncoder:
             source = source if source.endswith((".yaml", ".yml")) else f"{source}.yaml"
             name = LM + Path(source).stem
         flags = {**read_base(source, recipes), **(overrides or {})}
-        if taken := sorted(set(_OWN) & set(overrides or {})):
+        if taken := sorted({"seed", *_OWN} & set(overrides or {})):
             raise RecipeError(f"--override sets {taken[0]!r}, which a pilot sets itself. Leave it out.")
         if flags.get("backbone") is not None or flags.get("body") is not None:
             raise RecipeError(
@@ -119,7 +120,8 @@ class PilotEncoder:
             )
         # A seed of its own is the study's; the sizes are the grid's.
         given = set(overrides or {})
-        dropped = {"seed", *_OWN, *(tied for tied in _TIED if tied not in given)}
+        foreign = ("num_attention_heads",) if name in _HEADLESS else ()  # one recipe holds for all encoders
+        dropped = {"seed", *_OWN, *(flag for flag in (*_TIED, *foreign) if flag not in given)}
         kept = {key: value for key, value in flags.items() if key not in dropped and value is not None}
         return cls(name, kept)
 
@@ -194,7 +196,10 @@ class Pilot:
         if entry.script == "train/sft.py":
             flags.setdefault("test_users", -1)
         else:
-            flags |= {"encoder": encoder, "ks": sorted({*flags.get("ks", (5, 10)), k})}
+            asked = flags.get("ks", [5, 10])
+            if not isinstance(asked, list) or not all(isinstance(one, int) for one in asked):
+                raise RecipeError(f"{encoder} has the cut-offs ks {asked!r}. Give a list, such as ks=[5,10].")
+            flags |= {"encoder": encoder, "ks": sorted({*asked, k})}
         variants = {
             variant_of(encoder, trial): {
                 "num_hidden_layers": trial.depth,

@@ -35,7 +35,7 @@ class Workload:
 
     Attributes:
         items: of the catalog.
-        length: items of a window or row, the mean.
+        length: items that a window has for inputs, the mean; of a language model's row, all of its items.
         targets: of them that are learnt, the mean.
         events: that are learnt from in an epoch, by all users.
         targets_per_token: those of them that are targets, as a share.
@@ -54,21 +54,20 @@ class Workload:
     def of(cls, entry: PilotEncoder, split: "Split") -> "Workload":
         """The workload of an encoder on a split, with all of its users."""
         from llmrec.data.subset import learnt_events
-        from llmrec.sequence.windows import windows_of
+        from llmrec.scaling.workload import Workload as Windows
 
-        longest = int(entry.flags.get("max_history", 20 if entry.name.startswith(LM) else 50))
-        take, stride = entry.flags.get("windows", "all"), int(entry.flags.get("stride", 0))
-        pairs = zip(split.offsets[:-1].tolist(), split.train_ends.tolist(), strict=True)
-        windows = [window for begin, end in pairs for window in windows_of(begin, end, longest, take, stride)]
-        inputs = sum(window.end - window.begin - 1 for window in windows)
-        targets = sum(window.end - window.first for window in windows)
+        if entry.name.startswith(LM):
+            read = Windows.of_rows(split, int(entry.flags.get("max_history", 20)), "sequence")
+        else:
+            take, stride = entry.flags.get("windows", "all"), int(entry.flags.get("stride", 0))
+            read = Windows.of_windows(split, int(entry.flags.get("max_history", 50)), take, stride)
         events = int(learnt_events(split, entry.longest).sum())
         return cls(
             items=split.num_items,
-            length=inputs / len(windows),
-            targets=targets / len(windows),
+            length=float(read.lengths.mean()),
+            targets=float(read.targets.mean()),
             events=events,
-            targets_per_token=targets / events,
+            targets_per_token=read.tokens / events,
             valid=len(split.targets("valid")),
             test=len(split.targets("test")),
         )
@@ -149,7 +148,8 @@ def shape_of(entry: PilotEncoder, depth: int, width: int, work: Workload) -> Sha
             width=width,
             vocabulary=int(flags.get("text_vocab_size", 512)) + sum(levels),
             codes=len(levels),
-            length=work.length + 1,  # a row's first item is a target too
+            length=work.length,
+            targets=work.targets,
             heads=int(flags.get("num_attention_heads", 4)),
             inner=flags.get("intermediate_size"),
             tied=flags.get("tie_word_embeddings", True),

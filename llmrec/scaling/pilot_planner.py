@@ -1,8 +1,10 @@
 """Plans a pilot: what each share of the users holds, which trainings fit the budget, whether their flags are right."""
 
+import io
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,14 @@ from llmrec.scaling.pilot import Pilot, PilotEncoder, ShareFacts, check_metric, 
 if TYPE_CHECKING:
     from llmrec.data.split import Split
 
+# Flags that say which interactions are learnt from.
+_READ = frozenset(
+    (
+        *("user_column", "item_column", "timestamp_column", "position_column", "timestamp_unit", "invalid_rows"),
+        *("split", "valid_share", "test_share", "valid_time", "test_time", "targets", "min_history", "split_seed"),
+        *("ties", "tie_seed"),
+    )
+)
 # (depth, width, tokens) -> floating-point operations of one training
 FlopCount = Callable[[int, int, int], float]
 
@@ -63,6 +73,23 @@ def plan_pilot(
     if not names or len(set(names)) < len(names):
         raise RecipeError(f"The encoders are {', '.join(names) or 'none'}. Name one or more, each once.")
     check_metric(metric, names)
+    # Before anything is made of the flags, and measured with them.
+    for entry in encoders:
+        check_data(entry, data)
+    asked = fit_grid(request, dict.fromkeys(request.shares, 1), lambda *_: 1.0, float("inf"))
+    pilot = Pilot(
+        data=dict(data),
+        sha256=source_digest(str(data["interactions"])),
+        metric=metric,
+        share_seed=share_seed,
+        budget_minutes=budget_minutes,
+        encoders={entry.name: entry for entry in encoders},
+        shares={},
+        grids=dict.fromkeys(names, asked),
+        flops={},
+    )
+    for name in names:
+        check_flags(pilot, name)
     # Those of one length learn from the same events.
     facts = {
         longest: share_facts(split, request.shares, share_seed, longest)
@@ -75,21 +102,8 @@ def plan_pilot(
     for name, grid in grids.items():
         count = estimates[name].flops
         flops[name] = [count(one.depth, one.width, one.tokens) if count else None for one in grid.trials]
-    pilot = Pilot(
-        data=dict(data),
-        sha256=source_digest(str(data["interactions"])),
-        metric=metric,
-        share_seed=share_seed,
-        budget_minutes=budget_minutes,
-        encoders={entry.name: entry for entry in encoders},
-        shares=shares,
-        grids=grids,
-        flops=flops,
-        basis={name: dict(found.basis) for name, found in estimates.items()},
-    )
-    for name in names:
-        check_flags(pilot, name)
-    return pilot
+    basis = {name: dict(found.basis) for name, found in estimates.items()}
+    return replace(pilot, shares=shares, grids=grids, flops=flops, basis=basis)
 
 
 def share_budget(
@@ -105,8 +119,8 @@ def share_budget(
         DataError: if an encoder's part has no room for a grid that a law can be fitted to; it names the encoder.
     """
     tokens = {name: {share: facts.tokens for share, facts in held.items()} for name, held in shares.items()}
-    if not budget_minutes > 0:
-        raise DataError(f"The budget is {budget_minutes:g} minutes. Give more than none.")
+    if not 0 < budget_minutes < float("inf"):
+        raise DataError(f"The budget is {budget_minutes:g} minutes. Give more than none, and an end.")
     whole = {name: fit_grid(request, tokens[name], seconds[name], float("inf")).seconds for name in seconds}
     left, found = budget_minutes, {}
     for place, name in enumerate(sorted(whole, key=whole.__getitem__)):
@@ -119,6 +133,22 @@ def share_budget(
             raise DataError(f"{name} has {part:.3g} of the budget's {budget_minutes:g} minutes: {error}") from error
         left -= found[name].seconds / 60
     return {name: found[name] for name in seconds}
+
+
+def check_data(entry: PilotEncoder, data: Mapping[str, Any]) -> None:
+    """Raises RecipeError if an encoder's flags would have it learn from other data, or split them in another way.
+
+    What a share holds is told by the plan's own split: a training has to learn from the same.
+    """
+    from llmrec.data.arguments import ColumnArguments, SplitArguments
+
+    known = {one.name: one.default for one in (*fields(ColumnArguments), *fields(SplitArguments)) if one.name in _READ}
+    for name in sorted({"interactions", *known} & entry.flags.keys()):
+        if (planned := data.get(name, known.get(name))) != (said := entry.flags[name]):
+            raise RecipeError(
+                f"{entry.name} has the flag {name} {said!r}, and the pilot is planned with {planned!r}. Tell the "
+                "plan, by its own option, and leave it out of the recipe and of --override."
+            )
 
 
 def check_flags(pilot: Pilot, encoder: str) -> None:
@@ -138,12 +168,16 @@ def check_flags(pilot: Pilot, encoder: str) -> None:
         read = _read_sft if pilot.encoders[encoder].script == "train/sft.py" else _read_seqrec
         which = encoder
         try:
-            check = read(words)
+            with redirect_stderr(io.StringIO()) as said:
+                check = read(words)
             for depth, width in dict.fromkeys((trial.depth, trial.width) for trial, _ in runs):
                 which = f"{encoder}, depth {depth}, width {width}"
                 check(depth, width)
         except LLMRecError as error:
             raise RecipeError(f"{which}: {error}") from error
+        except SystemExit as error:  # argparse's, of a value that is none; its last line says which
+            why = said.getvalue().strip().rpartition("error: ")[2]
+            raise RecipeError(f"{which}: {why}. Give the flag another value, or leave it out.") from error
 
 
 def _read_seqrec(words: Sequence[str]) -> Callable[[int, int], None]:

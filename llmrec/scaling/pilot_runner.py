@@ -39,7 +39,7 @@ class PilotRunner:
         Args:
             folder: with the pilot's pilot.json.
             pilot: default: the folder's.
-            processes: of each training; more than one is started by accelerate.
+            processes: of each training, which accelerate starts.
 
         Raises:
             DataError: if the folder has no pilot, or it cannot be read.

@@ -1,6 +1,6 @@
 """The points that laws are fitted to: one training each, with its size, its data and the metric that it reached."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,8 @@ Table = npt.NDArray[np.float64]
 
 REQUIRED = ("depth", "width", "tokens", "quality", "metric")
 _POSITIVE = ("depth", "width", "tokens", "quality", "negatives")
+_WHOLE = {"depth": "Layers are", "width": "Hidden sizes are"}
+_MOST_SEED = 2**53  # beyond it, seeds that differ are one floating-point number
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": False}
 
 
@@ -30,6 +32,7 @@ class ScalingPoints:
         negatives: per target, or None where no row has any (full softmax).
         loss: on validation, NaN where a row has none, or None.
         encoder: whose they are, if it is known.
+        rows: their numbers in the table that they are from, for what is said of them; None: counted from 1.
 
     Raises:
         DataError: on creation, if a value cannot be, or a training is there twice.
@@ -44,6 +47,7 @@ class ScalingPoints:
     negatives: Table | None = None
     loss: Table | None = None
     encoder: str | None = None
+    rows: npt.NDArray[np.int64] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name, values in self._columns().items():
@@ -62,18 +66,23 @@ class ScalingPoints:
                 continue
             if len(wrong := np.flatnonzero(~np.isfinite(values))):
                 raise DataError(
-                    f"Row {wrong[0] + 1} has the {name} {values[wrong[0]]}. Run this training again, or leave its row "
-                    "out; where all rows lack it, drop the column."
+                    f"Row {self._row(wrong[0])} has the {name} {values[wrong[0]]}. Run this training again, or leave "
+                    "its row out; where all rows lack it, drop the column."
                 )
             if name in _POSITIVE and len(wrong := np.flatnonzero(values <= 0)):
                 raise DataError(
-                    f"Row {wrong[0] + 1} has the {name} {values[wrong[0]]:g}, which must be above 0. Correct it, or "
-                    "leave the row out."
+                    f"Row {self._row(wrong[0])} has the {name} {values[wrong[0]]:g}, which must be above 0. Correct "
+                    "it, or leave the row out."
+                )
+            if name in _WHOLE and len(wrong := np.flatnonzero(values != np.round(values))):
+                raise DataError(
+                    f"Row {self._row(wrong[0])} has the {name} {values[wrong[0]]:g}. {_WHOLE[name]} whole numbers: "
+                    "correct it, or leave the row out."
                 )
         if len(wrong := np.flatnonzero((self.metric < 0) | (self.metric > 1))):
             raise DataError(
-                f"Row {wrong[0] + 1} has the metric {self.metric[wrong[0]]:g}, outside [0, 1]. Give a ranking metric "
-                "such as NDCG@10 as a share, not in per cent, and no loss."
+                f"Row {self._row(wrong[0])} has the metric {self.metric[wrong[0]]:g}, outside [0, 1]. Give a ranking "
+                "metric such as NDCG@10 as a share, not in per cent, and no loss."
             )
         self._refuse_copies()
 
@@ -113,7 +122,7 @@ class ScalingPoints:
                 "Add them: layers, hidden size, events trained on, 1 / real entropy (`llmrec data entropy` prints "
                 "it), and the metric on test."
             )
-        frame = frame.with_row_index("row of the file", offset=1)
+        frame = frame.drop("row of the file", strict=False).with_row_index("row of the file", offset=1)
         frame, encoder = _of_encoder(frame, encoder)
         frame = _of_part(frame, held_out)
         columns = {name: _numbers(frame, name) for name in REQUIRED}
@@ -122,14 +131,15 @@ class ScalingPoints:
             given = name in frame.columns and frame[name].null_count() < len(frame)
             optional[name] = _numbers(frame, name, gaps=name == "loss") if given else None
         seed = optional["seed"]
-        if seed is not None and not np.array_equal(seed, np.round(seed)):
-            raise DataError(f"A seed is {seed[seed != np.round(seed)][0]}. Give whole numbers.")
+        if seed is not None and len(wrong := seed[~((seed == np.round(seed)) & (np.abs(seed) <= _MOST_SEED))]):
+            raise DataError(f"A seed is {wrong[0]:g}. Give whole numbers, 2^53 at most.")
         return cls(
             **columns,
             seed=None if seed is None else seed.astype(np.int64),
             negatives=optional["negatives"],
             loss=optional["loss"],
             encoder=encoder,
+            rows=frame["row of the file"].to_numpy().astype(np.int64),
         )
 
     def cells(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -156,8 +166,13 @@ class ScalingPoints:
         ]
 
     def _columns(self) -> dict[str, npt.NDArray[np.float64] | npt.NDArray[np.int64]]:
-        named = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "encoder"}
+        names = [entry.name for entry in fields(self) if entry.name not in ("encoder", "rows")]
+        named = {name: getattr(self, name) for name in names}
         return {name: values for name, values in named.items() if values is not None}
+
+    def _row(self, place: int) -> int:
+        """The number of a point's row in its table."""
+        return int(place + 1 if self.rows is None else self.rows[place])
 
     def _refuse_copies(self) -> None:
         if self.seed is None:
@@ -166,8 +181,8 @@ class ScalingPoints:
         for row, key in enumerate(zip(self.cells()[1].tolist(), self.seed.tolist(), strict=True)):
             if key in seen:
                 raise DataError(
-                    f"Rows {seen[key] + 1} and {row + 1} are one training: depth {self.depth[row]:g}, width "
-                    f"{self.width[row]:g}, {self.tokens[row]:g} tokens and seed {key[1]}. Remove one of them; "
+                    f"Rows {self._row(seen[key])} and {self._row(row)} are one training: depth {self.depth[row]:g}, "
+                    f"width {self.width[row]:g}, {self.tokens[row]:g} tokens and seed {key[1]}. Remove one of them; "
                     "replicates have other seeds."
                 )
             seen[key] = row
@@ -197,16 +212,32 @@ def read_trainings(path: str | Path) -> pl.DataFrame:
     return frame
 
 
+def encoders_of(frame: pl.DataFrame) -> list[str]:
+    """The encoders that a table of trainings names, sorted; none where it has no such column, or an empty one.
+
+    Raises:
+        DataError: if some rows name one and others do not.
+    """
+    if "encoder" not in frame.columns or frame["encoder"].null_count() == len(frame):
+        return []
+    if frame["encoder"].null_count():
+        raise DataError(
+            f"Row {frame['encoder'].is_null().arg_true()[0] + 1} names no encoder, and others do. Fill the column in, "
+            "or leave the row out."
+        )
+    return sorted(str(name) for name in frame["encoder"].unique().to_list())
+
+
 def _of_encoder(frame: pl.DataFrame, encoder: str | None) -> tuple[pl.DataFrame, str | None]:
     """The rows of an encoder, or of the only one, and its name."""
-    if "encoder" not in frame.columns:
+    names = encoders_of(frame)
+    if not names:
         if encoder is not None:
             raise DataError(
-                f"The points have no column encoder, so {encoder!r} cannot be chosen. Leave the encoder out, or add "
-                "the column."
+                f"The points name no encoder, so {encoder!r} cannot be chosen. Leave the encoder out, or add the "
+                "column encoder."
             )
         return frame, None
-    names = sorted(str(name) for name in frame["encoder"].unique().to_list())
     if encoder is None and len(names) > 1:
         raise DataError(
             f"The points are of {len(names)} encoders, {', '.join(names)}, and each has a law of its own. Choose one "
@@ -215,7 +246,7 @@ def _of_encoder(frame: pl.DataFrame, encoder: str | None) -> tuple[pl.DataFrame,
     if encoder is not None and encoder not in names:
         raise DataError(f"No point is of the encoder {encoder!r}. The points are of {', '.join(names)}.")
     if encoder is None:
-        return frame, names[0] if names else None
+        return frame, names[0]
     return frame.filter(pl.col("encoder").cast(pl.String) == encoder), encoder
 
 
@@ -230,13 +261,20 @@ def _of_part(frame: pl.DataFrame, held_out: bool) -> pl.DataFrame:
     chosen = frame.filter(pl.Series([mark == held_out for mark in marks], dtype=pl.Boolean))
     if held_out and not len(chosen):
         raise DataError("No point is held out. Add trainings whose column held_out is true.")
+    if len(frame) and not len(chosen):
+        names = " and ".join(encoders_of(frame))
+        raise DataError(
+            f"All points{' of ' + names if names else ''} are held out, so no law can be fitted to them. Add "
+            "trainings that are not, or leave their rows out."
+        )
     return chosen
 
 
 def _numbers(frame: pl.DataFrame, name: str, gaps: bool = False) -> Table:
     """(n,) the column as numbers; with `gaps`, NaN where it has none."""
     column = frame[name]
-    numbers = column.cast(pl.Float64, strict=False) if column.dtype != pl.Boolean else pl.Series([None] * len(frame))
+    readable = column.dtype.is_numeric() or column.dtype in (pl.String, pl.Null)
+    numbers = column.cast(pl.Float64, strict=False) if readable else pl.Series([None] * len(frame), dtype=pl.Float64)
     rows = frame["row of the file"].to_list()
     for place, (value, number) in enumerate(zip(column.to_list(), numbers.to_list(), strict=True)):
         if number is None and not (gaps and value is None):

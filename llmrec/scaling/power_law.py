@@ -30,11 +30,21 @@ class PowerLaw(ScalingLaw):
     @classmethod
     def term_of(cls, axis: str, grid: Grid) -> Term:
         low, high = ends_of(axis, grid)
-        levels = len(np.unique(grid.logarithms()[axis].round(12)))
-        return PowerTerm(axis, low, high) if levels > 2 else LogTerm(axis, low, high)
+        bends = cls._levels(axis, grid) > 2
+        if axis == "effective":
+            # The Performance Law has one parameter for the data. Where a second here would leave no cell over, every
+            # cell would be met whatever its noise, and intervals have no width.
+            others = sum(2 if cls._levels(other, grid) > 2 else 1 for other in cls.axes_of(grid) if other != axis)
+            bends &= len(grid) > 1 + others + (grid.levels("negatives") > 1) + 2
+        return PowerTerm(axis, low, high) if bends else LogTerm(axis, low, high)
+
+    @staticmethod
+    def _levels(axis: str, grid: Grid) -> int:
+        """How many different values an axis has, `size` too."""
+        return len(np.unique(grid.logarithms()[axis].round(12)))
 
     def spelt(self, parameters: Table) -> dict[str, Table]:
-        """E, A, a, B, b, C, c; for an axis of two values, and for negatives, the slope by ln instead.
+        """E, A, a, B, b, C, c; for an axis of two values, for negatives and for data of few cells, a slope by ln.
 
         E is the metric towards which it rises if all exponents are positive.
         """

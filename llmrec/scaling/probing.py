@@ -12,7 +12,9 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from llmrec.exceptions import DataError, StageError
 from llmrec.guard import guarded
@@ -20,6 +22,7 @@ from llmrec.scaling.cost import Cost
 from llmrec.scaling.peak import DType, matmul_peak
 from llmrec.scaling.throughput import Probe, encoder_name
 from llmrec.stages import stage_command
+from llmrec.study.launching import launch_options
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +66,7 @@ def probe(
         dtype: what products are computed in; given to the script as its flags of precision.
         steps: of the training, a multiple of 5.
         warm_up: the first of them, which are not measured; likewise.
-        processes: of the training; more than one are started by accelerate.
+        processes: of the training, which accelerate starts, as `llmrec.study.runner` does.
         max_seconds: after which the probe is given up.
 
     Raises:
@@ -129,11 +132,7 @@ def _trained(
     with tempfile.TemporaryDirectory(prefix="llmrec-probe-") as name:
         place = Path(name)
         told = _flags({"artefact": str(place / "artefact"), "output_dir": str(place / "training")})
-        if processes > 1:
-            options = ["--num_processes", str(processes), "--main_process_port", "0"]
-            command = stage_command(script, [*flags, *told], "accelerate", options)
-        else:
-            command = stage_command(script, [*flags, *told], "python")
+        command = stage_command(script, [*flags, *told], "accelerate", launch_options(processes))
         begun = time.monotonic()
         with open(place / "log.txt", "wb") as log:
             # A session of its own, so that all of it can be ended at once.
@@ -184,13 +183,24 @@ def _device(flags: Sequence[str]) -> tuple[str, str]:
 
     # A flag may stand with its value in one word or two; without a value it is true.
     words = [word for flag in flags for word in flag.split("=", 1)]
-    cpu = any(
-        word == "--use_cpu" and words[place + 1 : place + 2] not in (["false"], ["False"])
-        for place, word in enumerate(words)
-    )
+    cpu = any(_recipe(path).get("use_cpu") for flag, path in pairwise(words) if flag == "--config")
+    for place, word in enumerate(words):
+        if word == "--use_cpu":
+            cpu = words[place + 1 : place + 2] not in (["false"], ["False"])
     if torch.cuda.is_available() and not cpu:
         return "cuda", torch.cuda.get_device_name()
     return "cpu", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _recipe(path: str) -> dict[str, Any]:
+    """The values of a recipe; none, if it cannot be read, which the script itself complains of."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _flags(values: dict[str, str]) -> list[str]:

@@ -99,6 +99,8 @@ def data_quality(
         raise DataError(
             f"The longest sequence is {longest}, in which nothing follows on anything. Give 2 interactions or more."
         )
+    if wrong := [share for share in shares if not 0 < share <= 1]:
+        raise DataError(f"A share is {wrong[0]}. Give shares of the users above 0, and at most 1.")
     chosen = sorted({*shares, 1.0})
     parts = [learnt_split(split, share, seed) for share in chosen]
     seen = [learnt_events(part, longest) for part in parts]

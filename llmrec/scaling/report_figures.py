@@ -39,7 +39,7 @@ def law_figure(fit: ScalingFit, axis: str, metric: str) -> Drawing:
     if axis != "effective":
         chosen = np.isclose(grid.effective, grid.effective.max())
     if grid.negatives is not None:
-        chosen &= np.isclose(grid.negatives, grid.negatives.max())
+        chosen &= np.isclose(grid.negatives, grid.negatives[chosen].max())
     values = grid.axis(axis)
     assert values is not None
     if axis == "effective":  # one line for each size

@@ -88,16 +88,18 @@ class ScalingFit:
         path = Path(path)
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            frame = pl.DataFrame(found["points"])
-            resamples, seed = int(found["resamples"]), int(found["seed"])
+            frame = pl.DataFrame(found["points"], infer_schema_length=None)
+            resamples, seed, encoder = int(found["resamples"]), int(found["seed"]), found.get("encoder")
+            if seed < 0 or not isinstance(encoder, str | None):
+                raise ValueError(f"seed {seed}, encoder {encoder!r}")
         except FileNotFoundError as error:
             raise DataError(f"There is no file {path}. Write one with `llmrec scale fit … --json {path}`.") from error
-        except (OSError, ValueError, TypeError, KeyError, pl.exceptions.PolarsError) as error:
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, pl.exceptions.PolarsError) as error:
             raise DataError(
                 f"{path} is not what `llmrec scale fit` writes ({type(error).__name__}). Fit the points again with "
                 "--json."
             ) from error
-        return cls.of(replace(ScalingPoints.from_frame(frame), encoder=found.get("encoder")), resamples, seed)
+        return cls.of(replace(ScalingPoints.from_frame(frame), encoder=encoder), resamples, seed)
 
     @cached_property
     def grid(self) -> Grid:
@@ -265,18 +267,26 @@ class ScalingFit:
             chosen, and by law {metric, interval (of the law), run_interval (of one more training)}, 90 % each.
 
         Raises:
-            DataError: if it is more than the reach's factor beyond the points, and not forced.
+            DataError: if it is more than the reach's factor beyond the points, and not forced; or so far that a law
+                has no finite value.
         """
         self.reach.require(force, depth=depth, width=width, effective=effective, negatives=negatives)
         negatives = self.most[1] if negatives is None else negatives
         found: dict[str, Any] = {"chosen": self.chosen}
         for name, candidate in self.candidates.items():
-            drawn = candidate.law.predict_many(candidate.resampled.parameters, depth, width, effective, negatives)
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused
+                drawn = candidate.law.predict_many(candidate.resampled.parameters, depth, width, effective, negatives)
+                metric = float(candidate.law.predict(depth, width, effective, negatives))
             found[name] = {
-                "metric": float(candidate.law.predict(depth, width, effective, negatives)),
+                "metric": metric,
                 "interval": ends_of_draws(drawn),
                 "run_interval": ends_of_draws(drawn + candidate.resampled.noise),
             }
+            if not np.isfinite([found[name]["metric"], *found[name]["interval"], *found[name]["run_interval"]]).all():
+                raise DataError(
+                    f"At depth {depth:g}, width {width:g} and {effective:g} effective data a law has no finite value. "
+                    "Ask for something nearer to the points."
+                )
         return found
 
     def best(

@@ -21,10 +21,11 @@ def require_enough(grid: Grid) -> None:
     """
     for axis, what in (("depth", "layers"), ("width", "the hidden size")):
         if grid.levels(axis) == 1:
-            only = grid.ends(axis)[0]
+            only = int(grid.ends(axis)[0])
+            others = (only // 2, 2 * only) if only > 1 else (2, 4)
             raise DataError(
-                f"All points have one {axis}, {only:g}, so nothing tells what {what} would change. Add trainings of "
-                f"at least two other values, such as {axis} {max(1, only / 2):g} and {2 * only:g}, at each "
+                f"All points have one {axis}, {only}, so nothing tells what {what} would change. Add trainings of at "
+                f"least two other values, such as {axis} {others[0]} and {others[1]}, at each "
                 f"{'width' if axis == 'depth' else 'depth'}."
             )
     if np.ptp(grid.mean) == 0:

@@ -8,14 +8,18 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import psutil
 
 from llmrec.exceptions import StageError
 from llmrec.guard import guarded
 from llmrec.stages import stage_command
 from llmrec.storage import atomic_path
+from llmrec.study.launching import launch_options
 from llmrec.study.place import LOG, METRICS, RunPlace
 from llmrec.study.plan import StudyRun
 
@@ -49,7 +53,7 @@ class StudyRunner:
             folder: of the study; each run gets a folder in it.
             runs: in the order in which they are to be run.
             script: the stage that trains, which takes --config, --artefact and the runs' flags.
-            processes: of each training; more than one is started by accelerate.
+            processes: of each training, which accelerate starts.
             finished: called after each run, and when all is over.
         """
         self.folder = Path(folder)
@@ -134,11 +138,7 @@ class StudyRunner:
         place.note()
         write_recipe(place)
         arguments = ["--config", str(place.folder / RECIPE), "--artefact", str(place.artefact)]
-        if self.processes > 1:
-            options = ["--num_processes", str(self.processes), "--main_process_port", "0"]
-            command = stage_command(self.script, arguments, "accelerate", options)
-        else:
-            command = stage_command(self.script, arguments, "python")
+        command = stage_command(self.script, arguments, "accelerate", launch_options(self.processes))
         begun = time.monotonic()
         with open(place.folder / LOG, "ab") as log:
             # A session of its own: what is typed at the terminal reaches it through this process alone, once.
@@ -197,11 +197,29 @@ class StudyRunner:
             self._pass_on(signal.SIGKILL)
 
     def _pass_on(self, number: signal.Signals) -> None:
-        if self._child is not None and self._child.poll() is None:
-            try:
-                os.killpg(self._child.pid, number)
-            except ProcessLookupError:  # it ended in between, or its session has not begun, and it gets none
-                self._child.send_signal(number)
+        if self._child is None or self._child.poll() is not None:
+            return
+        if number != signal.SIGKILL and self.processes == 1 and (training := _behind(self._child.pid)):
+            # accelerate waits for a single process no longer once it has the signal, which has yet to save.
+            for process in training:
+                with suppress(ProcessLookupError):
+                    os.kill(process, number)
+            return
+        try:
+            os.killpg(self._child.pid, number)
+        except ProcessLookupError:  # it ended in between, or its session has not begun, and it gets none
+            self._child.send_signal(number)
+
+
+def _behind(launcher: int) -> list[int]:
+    """The processes that a launcher has started in the session that it leads."""
+    found = []
+    with suppress(psutil.Error):
+        for process in psutil.Process(launcher).children(recursive=True):
+            with suppress(ProcessLookupError):
+                if os.getpgid(process.pid) == launcher:
+                    found.append(process.pid)
+    return found
 
 
 def write_recipe(place: RunPlace) -> Path:

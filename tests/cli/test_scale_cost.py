@@ -1,7 +1,9 @@
 import json
 
+import numpy as np
 import pytest
 import typer
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from llmrec.cli.scale_cost import cost
@@ -35,6 +37,17 @@ def log(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def ids(tmp_path_factory):
+    """Codes of twelve items, of 10, 5 and 2 words."""
+    folder = tmp_path_factory.mktemp("ids")
+    codes = np.stack(np.unravel_index(np.arange(12), (10, 5, 2)), axis=1).astype(np.int32)
+    save_file({"codes": codes}, folder / "codes.safetensors")
+    (folder / "semantic_ids.json").write_text('{"codebook_sizes": [10, 5, 2]}')
+    (folder / "items.jsonl").write_text("".join(f'{{"item_id": "{item}", "title": "t"}}\n' for item in range(12)))
+    return folder
+
+
 def test_the_issue_s_example(tmp_path):
     found, shown = account(
         tmp_path, "--encoder", "hstu", "--depth", 8, "--width", 64, "--items", 3706, "--tokens", "1e6"
@@ -65,6 +78,26 @@ def test_a_language_model(tmp_path):
     shape = LanguageShape("qwen3", 2, 64, 1600, 4, 10, lora_rank=8)
     assert found["trained_parameters"] == cost_of(shape).trained
     assert found["flops"] == pytest.approx(cost_of(shape).flops(1000))
+
+
+def test_codes_say_what_a_row_is_made_of(tmp_path, log, ids, monkeypatch):
+    """Of the account, and of what a probe trains."""
+    seen = []
+
+    def measure(whole, tokens, arguments, script, **more):
+        seen.append(dict(zip(arguments[::2], arguments[1::2], strict=True)) | {"script": script})
+        operations = whole.flops_per_token * 100
+        sizes = (0.01, 5.0, 100.0, operations, operations / 0.01, 1e11, operations / 1e9)
+        return throughput.Probe("lm:llama", 2, 64, *sizes, "here", "float32", 40)
+
+    monkeypatch.setattr(probing, "probe", measure)
+    given = ["--encoder", "lm:llama", "--depth", 2, "--width", 64, "--semantic-ids", ids]
+    for words, text in (([], 512), (["--vocabulary", 417], 400)):
+        found, _ = account(tmp_path, *given, *words, "--tokens", 1000)
+        assert found["parameters"] == cost_of(LanguageShape("llama", 2, 64, text + 17, 3, 50)).parameters
+        probed, _ = account(tmp_path, *given, *words, "--interactions", log, "--probe")
+        assert probed["parameters"] == found["parameters"]
+        assert (seen[-1]["script"], seen[-1]["--text_vocab_size"]) == ("train/sft.py", str(text))
 
 
 def test_a_log_says_what_there_is(tmp_path, log, monkeypatch):
@@ -122,11 +155,22 @@ GIVEN = ["--depth", 2, "--width", 32]
         (["--encoder", "hstu", "--items", 5, "--tokens", 5, "--flag", "gate=maybe"], "Say true or false"),
         (["--encoder", "hstu", "--items", 5, "--tokens", 5, "--flag", "qk_dim=x"], "Give a whole number"),
         (["--encoder", "hstu", "--items", 5, "--tokens", 0], "0 events for 1 epochs are no training"),
+        (["--encoder", "hstu", "--items", 5, "--tokens", "inf"], "inf events for 1 epochs are no training"),
+        (["--encoder", "hstu", "--items", 0, "--tokens", 5], "items of a model is 0"),
+        (["--encoder", "hstu", "--items", 5, "--tokens", 5, "--codes", 4], "--codes is given, and nothing of hstu"),
+        (["--encoder", "hstu", "--items", 5, "--tokens", 5, "--lora-rank", 4], "--lora-rank is given"),
+        (["--encoder", "hstu", "--items", 5, "--tokens", 5, "--vocabulary", 40], "--vocabulary is given"),
+        (["--encoder", "hstu", "--items", 5, "--tokens", 5, "--semantic-ids", "x"], "--semantic-ids is given"),
+        (["--encoder", "lm:gpt2", "--tokens", 5, "--negatives", 4], "--negatives is given, and nothing of lm:gpt2"),
+        (["--encoder", "lm:gpt2", "--tokens", 5, "--shared-negatives"], "--shared-negatives is given"),
+        (["--encoder", "lm:gpt2", "--tokens", 5, "--items", 5], "--items is given, and nothing of lm:gpt2"),
+        (["--encoder", "lm:gpt2", "--tokens", 5, "--semantic-ids", "IDS", "--codes", 2], "--codes is 2, and an item"),
+        (["--encoder", "lm:gpt2", "--tokens", 5, "--semantic-ids", "IDS", "--vocabulary", 17], "17, and"),
         (["--encoder", "lm:llama", "--interactions", "LOG", "--probe"], "Name their folder with --semantic-ids"),
     ],
 )
-def test_what_cannot_be_said(log, words, message):
-    done = call(*[log if word == "LOG" else word for word in words], *GIVEN)
+def test_what_cannot_be_said(log, ids, words, message):
+    done = call(*[{"LOG": log, "IDS": ids}.get(word, word) for word in words], *GIVEN)
     assert isinstance(done.exception, DataError), done.output
     assert message in str(done.exception)
 

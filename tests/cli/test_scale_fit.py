@@ -95,6 +95,26 @@ def test_the_best_size_is_predicted_under_each_constraint(fitted: Path) -> None:
     cheap = run(fitted, "--max-flops", "2e11", "--items", "1000")
     twice = run(fitted, "--max-flops", "2e11", "--items", "1000", "--epochs", "2")
     assert twice["metric"] < cheap["metric"] < free["metric"]  # type: ignore[operator]
+    sampled = run(fitted, "--max-flops", "2e11", "--items", "1000", "--negatives", "10")
+    assert sampled["metric"] > cheap["metric"]  # type: ignore[operator]
+    assert sampled["optimum"]["cost_of"] == "floating-point operations"  # type: ignore[index]
+
+
+def test_widths_under_a_budget_can_be_built(fitted: Path) -> None:
+    """Heads share the width, and those of a llama have an even one."""
+    from llmrec.backbones.causal_body import CausalBodyConfig
+
+    for heads in (2, 3, 16):
+        given = ("--max-parameters", "1e7", "--items", "1000", "--encoder", "llama", "--heads", str(heads))
+        width = run(fitted, *given)["width"]
+        CausalBodyConfig(body="llama", hidden_size=width, num_attention_heads=heads).make_body_config()  # type: ignore[arg-type]
+
+
+def test_what_no_metric_can_be_is_said(fitted: Path) -> None:
+    far = run(fitted, "--depth", "100000", "--width", "64", "--force")
+    assert far["metric"] < 0  # type: ignore[operator]
+    assert "which no metric can be" in far["reasons"][-1]  # type: ignore[index]
+    assert not any("no metric" in reason for reason in run(fitted, "--depth", "8", "--width", "64")["reasons"])  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -108,8 +128,15 @@ def test_the_best_size_is_predicted_under_each_constraint(fitted: Path) -> None:
         (["--max-parameters", "10", "--items", "1000"], "above the budget of 10. Raise the budget"),
         (["--depth", "99", "--width", "64"], "more than 3 times beyond the points"),
         (["--depth", "8", "--width", "64", "--tokens", "1e9"], "effective data"),
+        (["--tokens", "-1e6", "--quality", "-0.2"], "The tokens to predict for is -1e"),
+        (["--quality", "nan"], "The quality to predict for is nan"),
+        (["--depth", "8", "--width", "64", "--negatives", "64"], "do not tell what negatives do: none has any"),
+        (["--items", "9", "--heads", "2"], "--items, --heads say what a model costs, and there is no budget"),
     ],
-    ids=["half", "two", "size", "items", "encoder", "budget", "far", "data"],
+    ids=[
+        *("half", "two", "size", "items", "encoder", "budget", "far", "data", "tokens", "quality", "negatives"),
+        "no-budget",
+    ],
 )
 def test_what_cannot_be_predicted_is_refused(fitted: Path, options: list[str], message: str) -> None:
     with pytest.raises(DataError, match=message):

@@ -68,8 +68,12 @@ def test_each_encoder_has_an_account_of_its_own() -> None:
     assert len(found[1].held_out) == 1
     without = accounts(table().drop("encoder", "held_out"), resamples=20)
     assert [account.name for account in without] == ["trainings"]
+    unnamed = accounts(table().with_columns(encoder=pl.lit(None, dtype=pl.String)), resamples=20)
+    assert [account.name for account in unnamed] == ["trainings"]
     with pytest.raises(DataError, match="There are no points"):
         accounts(table().clear())
+    with pytest.raises(DataError, match="All points of few are held out"):
+        accounts(pl.concat([table("hstu"), held(2, 16, 0.1, encoder="few")]), resamples=20)
 
 
 def test_the_frontier_is_what_nothing_cheaper_equals() -> None:
@@ -96,6 +100,12 @@ def test_the_frontier_is_what_nothing_cheaper_equals() -> None:
     }
     assert set(account.frontier()) == expected
     assert np.all(np.diff(costs[account.frontier()]) > 0)
+    document = account.document()
+    assert document["cost"] == "seconds"
+    assert [(cell["cost"], cell["metric"]) for cell in document["frontier"]] == [
+        (costs[cell], mean[cell]) for cell in account.frontier()
+    ]
+    assert document["loss_agreement"] is None
 
 
 @pytest.mark.parametrize("wrong", [None, 0.0, float("inf")], ids=["none", "zero", "infinite"])
@@ -117,6 +127,7 @@ def test_the_agreement_of_loss_and_metric_is_spearmans() -> None:
     ranks = np.argsort(np.argsort(-losses)) + 1
     expected = 1 - 6 * float(((ranks - order) ** 2).sum()) / (24 * (24**2 - 1))
     assert EncoderAccount.of(swapped, resamples=20).loss_agreement() == pytest.approx(expected)
+    assert EncoderAccount.of(swapped, resamples=20).document()["loss_agreement"] == pytest.approx(expected)
     gaps = frame.with_columns(loss=pl.Series([1.0, 2.0, 3.0, *[None] * 21], dtype=pl.Float64))
     assert EncoderAccount.of(gaps, resamples=20).loss_agreement() is None
     assert EncoderAccount.of(frame, resamples=20).loss_agreement() is None

@@ -83,6 +83,8 @@ def test_a_law_that_only_rises_is_best_at_the_end_of_its_reach_and_says_so() -> 
     _, bound = found(PowerLaw, power, budget=Budget(weights, 100_000))
     assert bound.at_end == {}
     assert found(PowerLaw, power, force=True)[1].width == 128 * 9
+    _, heads = found(PowerLaw, power, budget=Budget(weights, 1e9, multiple_of=5))
+    assert (heads.width, heads.at_end) == (380, {"depth": "high", "width": "high"})
 
 
 def test_what_cannot_be_had_is_refused() -> None:

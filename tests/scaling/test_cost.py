@@ -39,7 +39,9 @@ def test_a_language_model_s_cost():
     assert lora.state_bytes() == 4 * lora.parameters + 16 * lora.trained
 
 
-@pytest.mark.parametrize(("tokens", "epochs"), [(0, 1), (-1, 1), (float("nan"), 1), (10, 0)])
+@pytest.mark.parametrize(
+    ("tokens", "epochs"), [(0, 1), (-1, 1), (float("nan"), 1), (10, 0), (float("inf"), 1), (10, float("inf"))]
+)
 def test_no_training_has_no_cost(tokens, epochs):
     with pytest.raises(DataError, match="are no training"):
         cost_of(Shape("hstu", 1, 8, 100, 10)).flops(tokens, epochs)

@@ -8,8 +8,11 @@ from published_laws import movielens
 from llmrec.exceptions import DataError
 from llmrec.scaling.additive import Grid
 from llmrec.scaling.bootstrap import percentiles, resample
+from llmrec.scaling.chinchilla import ChinchillaLaw
+from llmrec.scaling.law import ScalingLaw
 from llmrec.scaling.performance_law import PerformanceLaw
 from llmrec.scaling.points import ScalingPoints
+from llmrec.scaling.power_law import PowerLaw
 
 DRAWS = 200
 
@@ -101,3 +104,18 @@ def test_too_few_resamples_are_refused() -> None:
     points = movielens("HR@10")
     with pytest.raises(DataError, match="10 resamples have no 90 % interval"):
         resample(PerformanceLaw.fit(points).fitted, Grid.of(points), 10)
+
+
+@pytest.mark.parametrize("law", [PowerLaw, ChinchillaLaw], ids=lambda law: law.name)
+def test_the_fewest_cells_leave_one_over(law: type[ScalingLaw]) -> None:
+    """A law that meets every cell whatever its noise would have intervals without width."""
+    sizes = [(2, 16, 1e6), (2, 32, 5e5), (4, 16, 2.5e5), (4, 32, 1e6), (4, 16, 5e5)]
+    depth, width, tokens = np.array(sizes, dtype=np.float64).T
+    metric = 0.2 + 0.02 * np.log(depth) + 0.01 * np.log(width * tokens)
+    metric += 0.003 * np.random.default_rng(1).normal(size=5)
+    points = ScalingPoints(depth, width, tokens, [QUALITY] * 5, metric / 2)
+    fitted, grid = law.fit(points).fitted, Grid.of(points)
+    assert len(fitted.parameters) < len(grid)
+    low, high = percentiles(resample(fitted, grid, 60).parameters[:, 0])
+    assert high - low > 0.001
+    assert "effective_slope" in law.fit(points).parameters

@@ -3,12 +3,14 @@
 from collections import Counter
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from law_worlds import World, flat, peaked, power, world
 from published_laws import movielens
+from scipy.stats import t
 
 from llmrec.scaling.additive import AdditiveForm, Grid
-from llmrec.scaling.evidence import chance, evidence
+from llmrec.scaling.evidence import chance, chance_of_end, evidence
 from llmrec.scaling.fitting import fit_form
 from llmrec.scaling.performance_law import PerformanceLaw
 from llmrec.scaling.points import ScalingPoints
@@ -71,11 +73,45 @@ def test_two_values_of_an_axis_tell_no_peak() -> None:
 
 def test_both_axes_are_corrected_for() -> None:
     """Holm: the smaller of two p-values counts twice."""
-    points = movielens("NDCG@10")
+    points = world(peaked, tokens=(1e6,)).draw(0.001, np.random.default_rng(0))
     found = evidence(PerformanceLaw.fit(points).fitted, Grid.of(points))
-    smaller = found["width"].peak_p
-    assert smaller is not None
-    assert smaller * 200 / 2 == pytest.approx(round(smaller * 200 / 2))  # two times a share of 200
+    assert {entry.peak_p for entry in found.values()} == {2 / 200}  # two times the least share of 200
+
+
+def plateau(depth: npt.ArrayLike, width: npt.ArrayLike, effective: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """It rises with ln width to 48, and then stays."""
+    h, d = np.log(np.asarray(depth, dtype=np.float64)), np.log(np.asarray(width, dtype=np.float64))
+    return np.asarray(0.1 + 0.05 * np.minimum(d - np.log(16), np.log(3)) + 0.02 * h)
+
+
+@pytest.mark.slow
+def test_what_rises_and_then_stays_has_no_peak() -> None:
+    rng = np.random.default_rng(3)
+    kinds: Counter[str] = Counter()
+    for draw in range(12):
+        points = world(plateau, tokens=(1e6,)).draw(0.001, rng)
+        kinds[evidence(PerformanceLaw.fit(points).fitted, Grid.of(points), draw, draws=79)["width"].kind] += 1
+    assert kinds["rising"] >= 10, kinds
+
+
+def test_the_end_is_compared_with_the_best_by_student() -> None:
+    """Against a two-sample t with the law's spread, on a full grid of equal counts."""
+    points = world(peaked, tokens=(1e6,)).draw(0.004, np.random.default_rng(2))
+    grid, fitted = Grid.of(points), PerformanceLaw.fit(points).fitted
+    means = {width: grid.mean[grid.width == width].mean() for width in (16, 32, 64, 128)}
+    fall = max(means[16], means[32], means[64]) - means[128]
+    freedom = len(grid) - 5
+    spread = np.sqrt(fitted.squares / freedom * 2 / 8)  # four cells of two seeds on either side
+    assert chance_of_end("width", fitted, grid) == pytest.approx(t.sf(fall / spread, freedom), rel=1e-6)
+    rising = world(power, tokens=(1e6,)).draw(0.001, np.random.default_rng(0))
+    assert chance_of_end("width", PerformanceLaw.fit(rising).fitted, Grid.of(rising)) == 1
+
+
+def test_sizes_that_no_cells_compare_are_left_to_the_other_test() -> None:
+    depth, width = [2, 2, 4, 4, 8, 8, 16, 16, 6], [10, 20, 30, 40, 50, 60, 70, 80, 90]
+    metric = 0.1 + np.linspace(0, 0.01, 9)[[0, 2, 4, 6, 8, 7, 5, 3, 1]]
+    points = ScalingPoints(depth, width, [1e6] * 9, [0.2] * 9, metric)
+    assert chance_of_end("width", PerformanceLaw.fit(points).fitted, Grid.of(points)) == 0
 
 
 @pytest.mark.slow

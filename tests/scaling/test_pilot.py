@@ -89,7 +89,7 @@ def test_sizes_that_hang_on_the_width_are_the_encoder_s_own(tmp_path):
     given = {"v_dim": 8, "dropout": None, "max_steps": 5}
     flags = PilotEncoder.read("hstu", RECIPES, str(recipe), given).flags
     assert flags == {"v_dim": 8, "max_steps": 5}
-    for name in ("hidden_size", "train_share", "encoder"):
+    for name in ("hidden_size", "train_share", "encoder", "seed"):
         with pytest.raises(RecipeError, match=f"--override sets '{name}'"):
             PilotEncoder.read("hstu", RECIPES, None, {name: 1})
     recipe.write_text(yaml.safe_dump({"backbone": "user/model"}))
@@ -175,8 +175,9 @@ def test_encoders_share_the_budget_and_what_one_leaves_is_the_others():
         share_budget(REQUEST, shares, seconds, 4)
     with pytest.raises(DataError, match=r"^The budget of 0\.1 minutes is below the smallest model"):
         share_budget(REQUEST, {"slow": facts}, {"slow": seconds["slow"]}, 0.1)
-    with pytest.raises(DataError, match="Give more than none"):
-        share_budget(REQUEST, shares, seconds, 0)
+    for minutes in (0, float("nan"), float("inf")):
+        with pytest.raises(DataError, match="Give more than none"):
+            share_budget(REQUEST, shares, seconds, minutes)
 
 
 @pytest.mark.parametrize(
@@ -209,3 +210,37 @@ def test_encoders_and_metrics_that_cannot_be_are_refused(log, split):
             planned(log, split, *names, metric=metric)
     with pytest.raises(RecipeError, match=r"none\. Name one or more"):
         plan_pilot([], REQUEST, split, {"interactions": str(log)}, 1000, estimate)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            {"max_history": "many"},
+            "hstu: argument --max_history.*invalid int value: 'many'. Give the flag",
+        ),
+        ({"loss": "hinge"}, "says loss: hinge. Choose one of softmax"),
+        ({"stride": 99}, "^hstu: --stride is 99, more than"),
+        ({"relative_bias": "none of ours"}, "^hstu, depth 1, width 8: There is no relative bias"),
+        ({"ks": 5}, "hstu has the cut-offs ks 5. Give a list"),
+        ({"ks": ["a"]}, r"hstu has the cut-offs ks \['a'\]"),
+        ({"min_history": 9}, "hstu has the flag min_history 9, and the pilot is planned with 3. Tell the plan"),
+        ({"split": "global-temporal"}, "planned with 'leave-one-out'"),
+        ({"interactions": "other.csv"}, "hstu has the flag interactions 'other.csv'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_flags_are_found_out_before_anything_is_measured(log, split, flags, said, capfd):
+    def measured(entry):
+        raise AssertionError
+
+    encoder = PilotEncoder.read("hstu", RECIPES, None, flags)
+    with pytest.raises(RecipeError, match=said):
+        plan_pilot([encoder], REQUEST, split, {"interactions": str(log)}, 1000, measured)
+    assert "usage:" not in capfd.readouterr().err
+
+
+def test_flags_that_say_what_the_plan_says_are_no_harm(log, split):
+    encoder = PilotEncoder.read("hstu", RECIPES, None, {"min_history": 3, "interactions": str(log), "ks": [20]})
+    pilot = plan_pilot([encoder], REQUEST, split, {"interactions": str(log)}, 1000, estimate)
+    assert pilot.runs("hstu")[0][1].flags["ks"] == [10, 20]

@@ -1,6 +1,7 @@
 """What a pilot's trainings are thought to take: by measurements that are made up here."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ from llmrec.data.arguments import ColumnArguments, SplitArguments
 from llmrec.data.items import Items
 from llmrec.data.sample import make_sample
 from llmrec.data.subset import learnt_split
+from llmrec.examples import windows as rows_of
 from llmrec.exceptions import DataError
 from llmrec.scaling.cost import cost_of
+from llmrec.scaling.language import row_flops
 from llmrec.scaling.pilot import PilotEncoder, share_facts
 from llmrec.scaling.pilot_estimates import Workload, evaluation_flops, measured, shape_of
 from llmrec.scaling.throughput import Probe
@@ -128,11 +131,12 @@ def test_the_workload_is_that_of_the_training_s_windows(split, recipe):
         ("hstu", {"num_attention_heads": 2, "relative_bias": "position", "dropout": 0.0}),
         ("sasrec", {"num_attention_heads": 2, "feed_forward": "swiglu", "residual": "llama", "intermediate_size": 24}),
         ("bert4rec", {"num_attention_heads": 2}),
-        ("gru4rec", {"num_attention_heads": None, "gru_size": 12}),
+        ("gru4rec", {}),
+        ("gru4rec", {"gru_size": 12}),
         ("llama", {"num_attention_heads": 4}),
         ("gpt2", {"num_attention_heads": 4}),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=lambda value: value if isinstance(value, str) else ",".join(value),
 )
 def test_the_shape_is_the_model_s(split, encoder, overrides):
     from llmrec.scaling.parameters import parameters
@@ -185,6 +189,13 @@ def test_language_models_are_measured_by_their_script_and_write_with_beams(split
     assert (shape.codes, shape.vocabulary, shape.heads) == (3, 512 + 17, 4)
     tokens = share_facts(split, [1.0])[1.0].tokens
     assert found.flops(2, 32, tokens) > 0
+    # Rows overlap: most of a long history's have as much context as targets.
+    rows = [row for one in split.train for row in rows_of(len(one), 20)]
+    assert shape.length == pytest.approx(np.mean([end - begin for begin, _, end in rows]))
+    assert shape.targets == pytest.approx(np.mean([end - first for _, first, end in rows]))
+    costs = [row_flops(replace(shape, length=end - begin, targets=end - first)).total for begin, first, end in rows]
+    learnt = sum(end - first for _, first, end in rows)
+    assert cost_of(shape).flops_per_token == pytest.approx(sum(costs) / learnt, rel=0.05)
     few, all_of_them = (
         evaluation_flops(
             PilotEncoder(entry.name, {**entry.flags, "test_users": users}), cost_of(shape), work, 10, 9, 9

@@ -53,7 +53,7 @@ def commands(tmp_path, monkeypatch):
     found = []
 
     def command(name, arguments, launcher, options=()):
-        found.append((name, launcher))
+        found.append((name, launcher, options[options.index("--num_processes") + 1]))
         return [sys.executable, str(path), *arguments]
 
     monkeypatch.setattr(study_runner, "stage_command", command)
@@ -95,7 +95,7 @@ def test_every_training_is_a_row_and_what_is_done_is_not_repeated(tmp_path, comm
     assert runner.left == len(runner.places) == 2 * 2 * 2 * 2 + 2
     assert runner.run() == 0
     assert runner.left == 0
-    assert set(commands) == {("train/seqrec.py", "python")}
+    assert set(commands) == {("train/seqrec.py", "accelerate", "1")}
     # The first seed of all comes before any second one, and the shortest first.
     done = order(tmp_path)
     tokens = {share: facts.tokens for share, facts in pilot.shares["sasrec"].items()}
@@ -163,7 +163,7 @@ def test_no_training_begins_after_the_time_or_on_other_data(tmp_path, commands, 
     with pytest.raises(StageError, match="--processes is 0"):
         PilotRunner(tmp_path / "pilot", processes=0)
     PilotRunner(tmp_path / "pilot", processes=2).run(max_minutes=1e-3)
-    assert set(commands) == {("train/seqrec.py", "accelerate")}
+    assert {command[2] for command in commands} == {"2"}
     (tmp_path / "log.parquet").write_bytes(b"other")
     with pytest.raises(DataError, match="is another than when the pilot was planned"):
         PilotRunner(tmp_path / "pilot").run()
@@ -173,7 +173,7 @@ def test_language_models_are_trained_by_their_own_script(tmp_path, commands, pla
     planned("hstu", "sasrec", "lm:debug", semantic_ids="codes")
     runner = PilotRunner(tmp_path / "pilot")
     assert runner.run() == 0
-    assert [name for name, _ in commands] == ["train/seqrec.py"] * 10 + ["train/sft.py"] * 5
+    assert [name for name, *_ in commands] == ["train/seqrec.py"] * 10 + ["train/sft.py"] * 5
     # Encoders of one script take turns, so that what a budget leaves undone is of all of them.
     trained = [line.split("-")[0] for line in order(tmp_path)]
     assert (trained[:2], trained[8:]) == (["hstu", "sasrec"], ["hstu", "sasrec", *["lm.debug"] * 5])

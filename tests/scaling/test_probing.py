@@ -9,6 +9,7 @@ from llmrec.exceptions import DataError, StageError
 from llmrec.scaling import probing
 from llmrec.scaling.cost import cost_of
 from llmrec.scaling.shape import Shape
+from llmrec.study.launching import launch_options
 
 COST = cost_of(Shape("sasrec", 1, 8, 100, 10))
 
@@ -66,7 +67,7 @@ def test_a_training_is_watched_to_its_last_step_and_ended(script):
     told = script.told()
     assert ended(told["pid"])
     assert not Path(told["place"]).exists()
-    assert script.launched == [("train/seqrec.py", "python", [])]
+    assert script.launched == [("train/seqrec.py", "accelerate", launch_options(1))]
     # Three steps are the epoch's 300 events.
     assert found.tokens_per_step == pytest.approx(100)
     assert found.flops_per_step == pytest.approx(100 * COST.flops_per_token)
@@ -100,7 +101,7 @@ def test_steps_that_cannot_be_timed(script, monkeypatch):
 
 def test_several_processes_have_as_many_peaks(script, monkeypatch):
     found = probing.probe(COST, 300.0, script(), processes=2)
-    assert script.launched == [("train/seqrec.py", "accelerate", ["--num_processes", "2", "--main_process_port", "0"])]
+    assert script.launched == [("train/seqrec.py", "accelerate", launch_options(2))]
     assert (found.peak, found.processes) == (2e10, 2)
 
 
@@ -172,3 +173,24 @@ def test_a_probe_that_cannot_be(given, message):
 def test_no_events_are_no_training():
     with pytest.raises(DataError, match="are no training"):
         probing.probe(COST, 0.0, [])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "expected"),
+    [
+        ("", [], "cuda"),
+        ("use_cpu: true", [], "cpu"),
+        ("use_cpu: true", ["--use_cpu", "false"], "cuda"),
+        ("use_cpu: false", ["--use_cpu"], "cpu"),
+        ("use_cpu: false", ["--use_cpu=true"], "cpu"),
+        ("- no names", [], "cuda"),
+    ],
+)
+def test_the_device_is_the_training_s_by_recipe_and_flags(tmp_path, monkeypatch, recipe, flags, expected):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe)
+    assert probing._device(["--config", str(path), *flags])[0] == expected

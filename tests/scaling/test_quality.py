@@ -142,8 +142,8 @@ def test_progress_goes_from_nothing_towards_all() -> None:
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"shares": (0.0,)}, "is 0.0"),
-        ({"shares": (1.5,)}, "is 1.5"),
+        ({"shares": (0.0,)}, "A share is 0.0"),
+        ({"shares": (1.5,)}, "A share is 1.5"),
         ({"longest": 1}, "The longest sequence is 1, in which nothing follows on anything. Give 2"),
         ({"seed": -1}, "a seed is not negative"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,8 @@ def test_predictions_hold_the_measured_value(found: ScalingFit, rising: ScalingF
     with pytest.raises(DataError, match="depth 49 is more than 3 times beyond"):
         found.predict(49, 64, 1e5)
     assert math.isfinite(found.predict(49, 64, 1e5, force=True)["power_law"]["metric"])
+    with pytest.raises(DataError, match="no finite value"):
+        found.predict(10**300, 64, 1e5, force=True)
     assert found.best().depth == 6
     assert found.best(name="power_law").at_end
 
@@ -162,8 +165,23 @@ def test_a_document_is_read_back_as_the_same_fit(tmp_path: Path) -> None:
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(DataError, match="is not what `llmrec scale fit` writes"):
             ScalingFit.load(tmp_path / "other.json")
+    for wrong in ({"seed": -1}, {"encoder": ["hstu"]}, {"resamples": math.inf}):
+        (tmp_path / "other.json").write_text(json.dumps(document | wrong))
+        with pytest.raises(DataError, match="is not what `llmrec scale fit` writes"):
+            ScalingFit.load(tmp_path / "other.json")
     with pytest.raises(DataError, match="There is no file"):
         ScalingFit.load(tmp_path / "none.json")
+
+
+def test_losses_that_come_late_are_read_back(tmp_path: Path) -> None:
+    points = world(peaked, seeds=3).draw(0.001, np.random.default_rng(0))
+    loss = np.where(np.arange(len(points)) < 120, np.nan, 3.5)
+    fit = ScalingFit.of(replace(points, loss=loss), resamples=20)
+    document = {"points": fit.points.records(), "resamples": 20, "seed": 0}
+    write_json(tmp_path / "fit.json", document)
+    found = ScalingFit.load(tmp_path / "fit.json").points.loss
+    assert found is not None
+    assert np.array_equal(found, loss, equal_nan=True)
 
 
 def test_advice_is_the_largest_gain_that_is_sure() -> None:

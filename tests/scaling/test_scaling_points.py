@@ -59,7 +59,7 @@ def test_encoders_and_held_out_rows_are_chosen() -> None:
         ScalingPoints.from_frame(frame)
     with pytest.raises(DataError, match=r"'llama'. The points are of hstu, sasrec"):
         ScalingPoints.from_frame(frame, "llama")
-    with pytest.raises(DataError, match="no column encoder"):
+    with pytest.raises(DataError, match="name no encoder"):
         ScalingPoints.from_frame(table(), "llama")
     with pytest.raises(DataError, match="No point is held out"):
         ScalingPoints.from_frame(table(), held_out=True)
@@ -94,15 +94,41 @@ def test_seeds_of_one_size_are_replicates_in_the_order_of_rows() -> None:
         ({"seed": [0, 0.5, 1]}, "A seed is 0.5. Give whole numbers"),
         ({"negatives": [64, None, 64]}, "Row 2 has the negatives None"),
         ({"depth": [True, True, False]}, "Row 1 has the depth True, which is no number"),
+        ({"depth": [2, 2.5, 2]}, "Row 2 has the depth 2.5. Layers are whole numbers"),
+        ({"width": [0.5, 16, 32]}, "Row 1 has the width 0.5. Hidden sizes are whole numbers"),
+        ({"seed": [0, float("inf"), 1]}, "A seed is inf. Give whole numbers"),
+        ({"seed": [0, 1, 1e300]}, r"A seed is 1e\+300. Give whole numbers"),
+        ({"metric": [[0.1], [0.2], [0.3]]}, "Row 1 has the metric .*, which is no number"),
+        ({"encoder": ["hstu", None, "hstu"]}, "Row 2 names no encoder, and others do"),
+        ({"held_out": [True, True, True]}, "All points are held out, so no law"),
     ],
     ids=[
         *("nan", "missing", "text", "per-cent", "negative", "column", "depth", "tokens", "quality", "seed"),
-        *("negatives", "boolean"),
+        *("negatives", "boolean", "layers", "size", "endless-seed", "huge-seed", "list", "encoder", "held-out"),
     ],
 )
 def test_values_that_cannot_be_are_refused(changes: dict[str, list[object]], message: str) -> None:
     with pytest.raises(DataError, match=message):
         ScalingPoints.from_frame(table(**changes))
+
+
+def test_rows_are_named_by_their_place_in_the_table() -> None:
+    """Rows of other encoders and held-out ones stand before them, and count."""
+    frame = table(encoder=["sasrec", "hstu", "hstu"], metric=[0.1, 0.2, 3.0])
+    with pytest.raises(DataError, match="Row 3 has the metric 3"):
+        ScalingPoints.from_frame(frame, "hstu")
+    twice = table(depth=[2, 2, 2], width=[16, 16, 16], tokens=[9, 9, 9], quality=[0.2] * 3, seed=[1, 1, 1])
+    with pytest.raises(DataError, match="Rows 2 and 3 are one training"):
+        ScalingPoints.from_frame(twice.with_columns(held_out=pl.Series([True, False, False])))
+
+
+def test_an_empty_column_of_encoders_is_none() -> None:
+    frame = table().with_columns(encoder=pl.lit(None, dtype=pl.String))
+    assert ScalingPoints.from_frame(frame).encoder is None
+    with pytest.raises(DataError, match="name no encoder, so 'hstu' cannot be chosen"):
+        ScalingPoints.from_frame(frame, "hstu")
+    with pytest.raises(DataError, match="All points of hstu are held out"):
+        ScalingPoints.from_frame(table(encoder=["hstu"] * 3, held_out=[True] * 3))
 
 
 def test_a_training_that_is_there_twice_is_refused() -> None:
@@ -129,6 +155,10 @@ def test_points_that_tell_no_law_are_refused() -> None:
     wide = [16.0, 32.0, 64.0]
     with pytest.raises(DataError, match=r"All points have one depth, 4.*Add trainings.*depth 2 and 8"):
         require_enough(grid([4.0] * 6, wide * 2, [1000.0] * 3 + [2000.0] * 3))
+    with pytest.raises(DataError, match=r"such as depth 2 and 4, at each width"):
+        require_enough(grid([1.0] * 6, wide * 2, [1000.0] * 3 + [2000.0] * 3))
+    with pytest.raises(DataError, match=r"such as depth 1 and 6, at each width"):
+        require_enough(grid([3.0] * 6, wide * 2, [1000.0] * 3 + [2000.0] * 3))
     with pytest.raises(DataError, match="All points have one width, 16"):
         require_enough(grid([2.0, 4.0, 8.0], [16.0] * 3))
     same = ScalingPoints([2, 4, 2, 4], [16, 16, 32, 32], [1e3] * 4, [0.2] * 4, [0.5] * 4)

@@ -74,3 +74,10 @@ def test_other_worlds_have_a_report_too(law) -> None:  # type: ignore[no-untyped
     assert text.count("<svg") == 4  # one amount of data, no costs, no losses
     for reason in account.fit.reasons():
         assert reason.replace("'", "&#39;") in text
+
+
+def test_most_negatives_need_not_go_with_most_data(frame: pl.DataFrame) -> None:
+    few = frame.filter(~pl.col("held_out")).with_columns(negatives=pl.lit(64.0))
+    many = few.filter(pl.col("tokens") == 5e5).with_columns(negatives=pl.lit(256.0), metric=pl.col("metric") + 0.01)
+    text = report_page([EncoderAccount.of(pl.concat([few, many]), resamples=20)]).render()
+    assert text.count("<svg") == 7

@@ -16,6 +16,7 @@ import yaml
 
 from llmrec.exceptions import StageError
 from llmrec.study import runner as module
+from llmrec.study.launching import launch_options
 from llmrec.study.place import RunPlace
 from llmrec.study.plan import StudyPlan
 from llmrec.study.runner import StudyRunner
@@ -32,6 +33,7 @@ begun = int(starts.read_text()) if starts.exists() else 0
 starts.write_text(str(begun + 1))
 print("start", begun + 1, "of", flags["system"], flush=True)
 def stop(number, frame):
+    time.sleep(0.5)
     (folder / "saved").write_text(str(number))
     print("saved", flush=True)
     sys.exit(128 + number)
@@ -100,7 +102,7 @@ def test_what_is_done_is_not_repeated(tmp_path, script, caplog):
     ]
     recipe = yaml.safe_load((again.places[0].folder / "recipe.yaml").read_text())
     assert recipe == {"disable_tqdm": True, "lr": 0.1, "seed": 0, "system": "a"}
-    assert script[0] == ("train/seqrec.py", "python", [])
+    assert script[0] == ("train/seqrec.py", "accelerate", launch_options(1))
 
 
 def test_a_failed_run_is_recorded_and_the_others_go_on(tmp_path, script, caplog):
@@ -162,7 +164,43 @@ def test_two_studies_do_not_share_a_folder(tmp_path, script):
 
 def test_several_processes_are_started_by_accelerate(tmp_path, script):
     assert StudyRunner(tmp_path, runs(a={}), processes=2).run() == 0
-    assert script == [("train/seqrec.py", "accelerate", ["--num_processes", "2", "--main_process_port", "0"])]
+    assert script == [("train/seqrec.py", "accelerate", launch_options(2))]
+
+
+# A process as accelerate starts it: its rank, how many there are, its threads.
+TOLD = """
+import os, pathlib, sys
+rank = os.environ.get("RANK", "0")
+told = rank, os.environ.get("WORLD_SIZE", "1"), os.environ["OMP_NUM_THREADS"]
+pathlib.Path(sys.argv[1], rank).write_text(" ".join(told))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_accelerate_starts_as_many_processes_as_are_asked_for(tmp_path, monkeypatch, processes):
+    """Without a GPU, too, where accelerate makes one of any number that no configuration stands behind."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    (tmp_path / "told.py").write_text(TOLD)
+    (tmp_path / "ranks").mkdir()
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch_options(processes)]
+    subprocess.run([*command, str(tmp_path / "told.py"), str(tmp_path / "ranks")], check=True, timeout=120)
+    told = sorted(path.read_text() for path in (tmp_path / "ranks").iterdir())
+    assert told == [f"{rank} {processes} 3" for rank in range(processes)]
+
+
+def test_threads_are_shared_out_among_processes(monkeypatch):
+    import torch
+
+    def threads(processes):
+        options = launch_options(processes)
+        return int(options[options.index("--num_cpu_threads_per_process") + 1])
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    assert [threads(processes) for processes in (1, 2, 4, 8)] == [6, 3, 1, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # which torch has heard, too: it is each process's
+    assert [threads(processes) for processes in (1, 4)] == [2, 2]
 
 
 DRIVER = """
@@ -170,17 +208,27 @@ import logging, sys
 from llmrec.study import runner as module
 from llmrec.study.plan import StudyPlan
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-module.stage_command = lambda name, arguments, *rest: [sys.executable, sys.argv[1], *arguments]
+launcher = sys.argv[5:]
+module.stage_command = lambda name, arguments, *rest: [sys.executable, *launcher, sys.argv[1], *arguments]
 module._TOGETHER = float(sys.argv[3])
 plan = StudyPlan("t", {"lr": 0.1}, {"a": {"wait": True, "deaf": sys.argv[4] == "deaf"}, "b": {}})
 sys.exit(module.StudyRunner(sys.argv[2], plan.runs).run())
 """
 
 
-def drive(tmp_path, together="3", deaf=""):
+# As accelerate's for one process: it ends by the first signal, and tells of no other code than 1.
+LAUNCHER = """
+import subprocess, sys
+sys.exit(min(1, abs(subprocess.call([sys.executable, *sys.argv[1:]]))))
+"""
+
+
+def drive(tmp_path, together="3", deaf="", launched=False):
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "driver.py").write_text(textwrap.dedent(DRIVER))
+    (tmp_path / "launcher.py").write_text(LAUNCHER)
     command = [sys.executable, "driver.py", "script.py", str(tmp_path / "study"), together, deaf]
+    command += ["launcher.py"] if launched else []
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     return subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -203,9 +251,10 @@ def gone(pid):
     return False
 
 
+@pytest.mark.parametrize("launched", [False, True], ids=["alone", "launched"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["term", "int"])
-def test_a_signal_reaches_the_training_which_saves_and_the_study_goes_on_later(tmp_path, number):
-    driver = drive(tmp_path)
+def test_a_signal_reaches_the_training_which_saves_and_the_study_goes_on_later(tmp_path, number, launched):
+    driver = drive(tmp_path, launched=launched)
     pid, folder = pid_of(tmp_path)
     driver.send_signal(number)
     _, said = driver.communicate(timeout=60)
@@ -216,15 +265,16 @@ def test_a_signal_reaches_the_training_which_saves_and_the_study_goes_on_later(t
     record = json.loads((folder / "run.json").read_text())
     assert record["failed"] is None
     assert not list((tmp_path / "study").glob("b-*"))
-    driver = drive(tmp_path)
+    driver = drive(tmp_path, launched=launched)
     _, said = driver.communicate(timeout=60)
     assert driver.returncode == 0, said
     assert (folder / "starts").read_text() == "2"
     assert (folder / "log.txt").read_text().splitlines() == ["start 1 of a", "saved", "start 2 of a"]
 
 
-def test_a_second_signal_kills_what_does_not_listen(tmp_path):
-    driver = drive(tmp_path, together="0.2", deaf="deaf")
+@pytest.mark.parametrize("launched", [False, True], ids=["alone", "launched"])
+def test_a_second_signal_kills_what_does_not_listen(tmp_path, launched):
+    driver = drive(tmp_path, together="0.2", deaf="deaf", launched=launched)
     pid, _ = pid_of(tmp_path)
     driver.send_signal(signal.SIGTERM)
     time.sleep(1)
@@ -235,8 +285,9 @@ def test_a_second_signal_kills_what_does_not_listen(tmp_path):
     assert gone(pid)
 
 
-def test_a_training_does_not_outlive_its_study(tmp_path):
-    driver = drive(tmp_path)
+@pytest.mark.parametrize("launched", [False, True], ids=["alone", "launched"])
+def test_a_training_does_not_outlive_its_study(tmp_path, launched):
+    driver = drive(tmp_path, launched=launched)
     pid, _ = pid_of(tmp_path)
     driver.kill()
     driver.communicate(timeout=60)
