@@ -87,8 +87,8 @@ def entropy(
     Example: `llmrec data entropy --interactions log.csv --split global-temporal --share 0.1 --share 0.3`
     """
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    from llmrec.cli.observed import observed
     from llmrec.cli.preparation import Sources
     from llmrec.data.arguments import SplitArguments
     from llmrec.scaling.quality import SHARES, data_quality
@@ -118,14 +118,8 @@ def entropy(
         tie_seed=tie_seed,
     )
     sources = Sources(interactions, items, names, timestamp_unit, invalid_rows)
-    notes = Console(stderr=True)
-    shown = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*shown, console=notes, transient=True, disable=not notes.is_terminal) as progress:
-        task = progress.add_task("reading", total=None)
-
-        def announce(name: str, done: float | None) -> None:
-            progress.update(task, description=name, total=None if done is None else 1.0, completed=done or 0.0)
-
+    with observed() as announce:
+        announce("reading", None)
         log = sources.read_interactions()
         table = sources.read_items(log)
         announce("splitting", None)
