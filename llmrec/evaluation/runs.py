@@ -83,7 +83,8 @@ def _advice(one: Run, other: Run) -> str:
     cases = [(run.evaluation.user_ids, run.evaluation.targets) for run in (one, other)]
     if one.document["part"] == other.document["part"] and cases[0] == cases[1]:
         return (
-            "They ask the same of the same users, but of two item tables: give --items to both trainings, or to none."
+            "They ask the same of the same users, so perhaps of two item tables: give --items to both trainings, or "
+            "to none."
         )
     return "Evaluate both on the same one, or compare them apart."
 
