@@ -87,6 +87,32 @@ def test_llmrec_error_keeps_its_traceback_when_debugging(monkeypatch, tmp_path) 
         main()
 
 
+def test_a_path_that_cannot_be_written_is_a_sentence(call, capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.delenv("LLMREC_DEBUG", raising=False)
+    arguments = (
+        "scale",
+        "cost",
+        "--encoder",
+        "sasrec",
+        "--depth",
+        "1",
+        "--width",
+        "8",
+        "--items",
+        "9",
+        "--tokens",
+        "99",
+    )
+    assert call(*arguments, "--json", str(tmp_path)) == 2
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert f"{tmp_path} cannot be read or written: Is a directory. Give a path that can." in said
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("LLMREC_DEBUG", "1")
+    monkeypatch.setattr(sys, "argv", ["llmrec", *arguments, "--json", str(tmp_path)])
+    with pytest.raises(IsADirectoryError):
+        main()
+
+
 def test_other_errors_are_not_swallowed(monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["llmrec", "stages"])
     monkeypatch.setitem(sys.modules, "llmrec.cli.stages", None)

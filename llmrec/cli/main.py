@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command runs, so that `llmrec --help` answers at once.
 """
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -30,16 +31,38 @@ app.add_typer(ids.app, name="ids")
 app.add_typer(scale.app, name="scale")
 
 
+# What a path of the user's can be, and no fault of the code's.
+_PATHS = (
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENOTEMPTY,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+)
+
+
 def main() -> None:
-    """The console script: runs the command; an error of llmrec's own becomes its message, and exit code 2."""
+    """The console script: runs the command.
+
+    An error of llmrec's own, or a path that cannot be read or written, becomes its message, and exit code 2.
+    """
     try:
         app()
-    except LLMRecError as error:
+    except (LLMRecError, OSError) as error:
+        said = str(error)
+        if isinstance(error, OSError) and not isinstance(error, LLMRecError):
+            path = error.filename2 or error.filename
+            if error.errno not in _PATHS or path is None:
+                raise
+            said = f"{path} cannot be read or written: {error.strerror}. Give a path that can."
         if os.environ.get("LLMREC_DEBUG", "0") not in ("", "0"):
             raise
         from rich.console import Console
 
-        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(said, style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

@@ -118,6 +118,11 @@ class PilotEncoder:
             raise RecipeError(
                 f"{name} begins with a checkpoint, which has one depth and one width. Name a recipe from scratch."
             )
+        if flags.get("negatives") in ("in_batch", "mixed"):
+            raise RecipeError(
+                f"{name} takes its negatives {flags['negatives']}, and how many these are depends on each batch. Say "
+                "negatives uniform or popularity with num_negatives, which a law can count."
+            )
         # A seed of its own is the study's; the sizes are the grid's.
         given = set(overrides or {})
         foreign = ("num_attention_heads",) if name in _HEADLESS else ()  # one recipe holds for all encoders

@@ -144,12 +144,15 @@ def loss_figure(account: EncoderAccount, metric: str) -> Drawing | None:
     known = np.flatnonzero(np.isfinite(points.loss))
     figure, axes = plot(3.4)
     shares = np.unique(points.effective[known])
-    for place, data in enumerate(shares[-6:]):
+    largest = shares[-len(_MARKS) :]
+    if len(fewer := known[points.effective[known] < largest[0]]):
+        axes.plot(points.loss[fewer], points.metric[fewer], ".", color="#808080", label=f"D' below {largest[0]:,.0f}")
+    for place, data in enumerate(largest):
         rows = known[np.isclose(points.effective[known], data)]
         mark, colour = _MARKS[place % len(_MARKS)], _COLOURS[place % len(_COLOURS)]
         axes.plot(points.loss[rows], points.metric[rows], mark, color=colour, label=f"D' {data:,.0f}")
     axes.set_xlabel("validation loss")
-    _finish(axes, metric, len(shares))
+    _finish(axes, metric, len(largest))
     lowest, best = known[np.argmin(points.loss[known])], known[np.argmax(points.metric[known])]
     sizes = [f"depth {points.depth[row]:g}, width {points.width[row]:g}" for row in (lowest, best)]
     return figure, (

@@ -97,6 +97,14 @@ def test_sizes_that_hang_on_the_width_are_the_encoder_s_own(tmp_path):
         PilotEncoder.read(f"lm:{recipe}", RECIPES)
 
 
+@pytest.mark.parametrize("drawn", ["in_batch", "mixed"])
+def test_negatives_that_no_law_can_count_are_refused(drawn):
+    given = {"loss": "sampled_softmax", "negatives": drawn}
+    with pytest.raises(RecipeError, match=f"sasrec takes its negatives {drawn}, and how many"):
+        PilotEncoder.read("sasrec", RECIPES, None, given)
+    assert PilotEncoder.read("sasrec", RECIPES, None, {**given, "negatives": "uniform"}).negatives == 128
+
+
 def test_negatives_and_windows_are_the_recipe_s():
     published = PilotEncoder.read("hstu", RECIPES, "hstu_ml1m.yaml")
     assert (published.negatives, published.longest, published.script) == (128, 201, "train/seqrec.py")
