@@ -18,6 +18,7 @@ from llmrec.artefact import CALIBRATION_FILE, listed_files
 from llmrec.artefact_parts import PROMPT_FILE, is_sequence
 from llmrec.catalog import CATALOG_FOLDER, Catalog
 from llmrec.catalog_versions import CatalogVersions
+from llmrec.evaluation.outcome import outcome_rows
 from llmrec.exceptions import ArtefactError, DataError
 from llmrec.prompt import EVENT_COLUMNS, Prompt
 
@@ -28,6 +29,8 @@ _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _HUB_ID = re.compile(rf"{_PART}/{_PART}")
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _PATH = re.compile(r"(/|~|\\\\|file:|[A-Za-z]:[\\/])")
+# Of the settings' "training", what has a section of its own.
+FURTHER = "further"
 
 
 def model_card(
@@ -45,6 +48,11 @@ def model_card(
     prompt: Prompt | None = None,
 ) -> str:
     """The card as Markdown, headed by the YAML that the Hub reads.
+
+    What a model went through after its first training (reinforcement learning, distillation, reasoning steps) stands
+    in the settings' `training`, as the list `further`, the oldest first. Each entry is a mapping of `method` (its
+    name), `began_with` (which model), `said` (sentences), `outcome` (of `llmrec.evaluation.outcome`, or None where
+    nothing was evaluated) and `settings`. It becomes a section of the card, whatever it found.
 
     Args:
         settings: what `llmrec.json` holds.
@@ -91,6 +99,7 @@ def model_card(
         ],
     }
     training = _without_paths(settings.get("training", {}))
+    is_evaluated = bool(evaluations) or any(entry.get("outcome") for entry in training.get(FURTHER, []))
     environment = Environment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         front_matter=yaml.safe_dump(front, sort_keys=False, allow_unicode=False),
@@ -104,11 +113,14 @@ def model_card(
         data=[_escaped(line) for line in _data(settings, catalog, datasets)],
         evaluations=[_evaluation(document) for document in evaluations],
         example=_example(catalog, prompt),
-        training=_literal({k: v for k, v in training.items() if k not in ("evaluations", "versions")}, indent=2)
+        training=_literal(
+            {k: v for k, v in training.items() if k not in ("evaluations", "versions", FURTHER)}, indent=2
+        )
         if training
         else "",
+        further=[_further(entry) for entry in training.get(FURTHER, [])],
         licence=_escaped(_licence(licence, base_model)),
-        limits=[_escaped(line) for line in _limits(bool(evaluations), is_calibrated)],
+        limits=[_escaped(line) for line in _limits(is_evaluated, is_calibrated)],
         versions=_escaped(", ".join(f"{name} {value}" for name, value in training.get("versions", {}).items())),
     )
 
@@ -252,6 +264,32 @@ def _evaluation(document: Mapping[str, Any]) -> dict[str, str]:
         f"{what}, {document.get('part', 'test')} part: {', '.join(counted)}. In brackets: 95 % bootstrap intervals."
     )
     return {"caption": _escaped(caption), "table": table}
+
+
+def _further(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """One further training: its heading, what is said of it, its outcome as a table, and its settings."""
+    said = [f"It began with {entry['began_with']}."] if entry.get("began_with") else []
+    said += [str(sentence) for sentence in entry.get("said", [])]
+    outcome, table = entry.get("outcome"), ""
+    if outcome:
+        header, rows = outcome_rows(outcome)
+        lines = [[_escaped(cell) for cell in row] for row in (header, *rows)]
+        lines.insert(1, ["---"] * len(header))
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        seeds = f", mean of {outcome['seeds']} seeds" if outcome.get("seeds", 1) > 1 else ""
+        said.append(
+            f"Whether it helped, on {outcome['cases']:,} cases of {outcome['users']:,} users of the {outcome['part']} "
+            f"part{seeds} (differences are paired, with 95 % bootstrap intervals over users; p by Holm for "
+            f"{outcome['tests']} tests): {outcome['sentence']}"
+        )
+    else:
+        said.append("Whether it helped is not known from this card: before and after were not evaluated.")
+    return {
+        "method": _escaped(str(entry.get("method", "further training"))),
+        "said": [_escaped(sentence) for sentence in said],
+        "table": table,
+        "settings": _literal(entry["settings"], indent=2) if entry.get("settings") else "",
+    }
 
 
 def _cell(value: Any, interval: Any) -> str:

@@ -113,6 +113,64 @@ def test_sections_and_figures(recommender):
     assert not re.search(r"\n\n\n", card)
 
 
+OUTCOME = {
+    "systems": ["sft", "rl"],
+    "part": "test",
+    "users": 1500,
+    "cases": 1600,
+    "tests": 7,
+    "seeds": 1,
+    "metrics": {
+        "NDCG@10": {
+            "before": 0.04,
+            "after": 0.0312,
+            "difference": -0.0088,
+            "difference interval95": [-0.012, -0.0056],
+            "p_value": 0.001,
+            "p_holm": 0.007,
+        }
+    },
+    "verdict": "hurt",
+    "sentence": "rl is worse than sft: NDCG@10 0.0400 before, 0.0312 after.",
+}
+
+
+def test_what_came_after_the_first_training_is_told_whatever_it_found(recommender):
+    changed = settings()
+    changed["training"] |= {
+        "further": [
+            {"method": "GRPO", "began_with": "sft", "said": ["It ended | early."], "outcome": OUTCOME},
+            {"method": HOSTILE, "settings": {"folder": "/home/someone/x", "layers": 2}},
+        ]
+    }
+    card = model_card(changed, recommender.catalog, CONFIG)
+    sections = re.findall(r"^## (.*)$", card, flags=re.MULTILINE)
+    assert sections[3:6] == ["Training", "After that: GRPO", sections[5]]
+    assert sections[5].startswith("After that: a\\|b")
+    assert sections[6] == "Licence"
+    assert "| metric | sft | rl | difference | 95 % interval | p | p (Holm) |" in card
+    row = r"| NDCG@10 | 0.0400 | 0.0312 | -0.0088 | \[-0.0120, -0.0056\] | 0.001 | 0.007 |"
+    assert row in card
+    assert "It began with sft." in card
+    assert "It ended \\| early." in card
+    assert "1,600 cases of 1,500 users of the test part (" in card
+    assert "rl is worse than sft" in card
+    # The second says that nothing is known, and no path of a machine.
+    assert card.count("before and after were not evaluated") == 1
+    assert '"folder": "x"' in card
+    assert "/home/someone" not in card
+    # The block of the first training holds none of it.
+    block = card.partition("## Training")[2].partition("## After")[0]
+    assert "further" not in block
+    assert "Its quality is not known from this card" not in card
+    assert not re.search(r"\n\n\n", card)
+    parsed = ModelCard(card)
+    assert parsed.text.count("## After that: ") == 2
+    several = OUTCOME | {"seeds": 3}
+    changed["training"]["further"] = [{"method": "GRPO", "outcome": several}]
+    assert "test part, mean of 3 seeds (" in model_card(changed, recommender.catalog, CONFIG)
+
+
 def test_it_claims_no_more_than_is_known(recommender):
     bare = model_card(settings(), recommender.catalog, CONFIG)
     assert "No evaluation came with this card" in bare
