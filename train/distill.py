@@ -1,0 +1,99 @@
+"""Distils a trained recommender into a smaller one, beside the same student by cross-entropy alone, and tests all.
+
+A language model into one of half its layers, by hidden states (SLMRec), with the control:
+
+    accelerate launch train/distill.py --config train/recipes/distill_slmrec.yaml \
+        --teacher runs/sft/artefact --interactions interactions.parquet --artefact runs/distilled/artefact
+
+Into a smaller language model of another width, by its softmax over the semantic IDs:
+
+    accelerate launch train/distill.py --config train/recipes/distill_logits.yaml \
+        --teacher runs/sft/artefact --interactions interactions.parquet --artefact runs/small/artefact
+
+Into a SASRec, by its distribution over items:
+
+    accelerate launch train/distill.py --config train/recipes/distill_sasrec.yaml \
+        --teacher runs/sft/artefact --interactions interactions.parquet --artefact runs/sasrec/artefact
+
+Beside the artefact it writes metrics.json (teacher, student and control, their sizes and times, what changed with
+paired intervals), `evaluation/` for `llmrec compare`, and model_card.md. Flags override the recipe. An interrupted run
+continues from its newest whole checkpoint; `--fresh` begins anew.
+"""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmrec.data.arguments import ColumnArguments, SplitArguments
+from llmrec.distillation.arguments import DistillArguments, StudentArguments
+from llmrec.losses.arguments import LossArguments
+from llmrec.script import parser, run
+from llmrec.sequence.arguments import EventArguments, ItemArguments
+
+if TYPE_CHECKING:
+    from trl import TrlParser
+
+    from llmrec.training.arguments import FineTuningArguments
+
+logger = logging.getLogger("llmrec.train.distill")
+
+
+def make_parser() -> "TrlParser":
+    from llmrec.training.arguments import FineTuningArguments
+
+    return parser(
+        (
+            *(DistillArguments, ColumnArguments, SplitArguments, StudentArguments, ItemArguments, EventArguments),
+            *(LossArguments, FineTuningArguments),
+        ),
+        __doc__,
+    )
+
+
+def main(
+    data: DistillArguments,
+    names: ColumnArguments,
+    splits: SplitArguments,
+    student: StudentArguments,
+    items: ItemArguments,
+    events: EventArguments,
+    losses: LossArguments,
+    training: "FineTuningArguments",
+) -> None:
+    import torch
+    import transformers
+
+    from llmrec.catalog import CATALOG_FOLDER
+    from llmrec.catalog_versions import refuse_to_replace
+    from llmrec.distillation.into_items import IntoItems
+    from llmrec.distillation.into_language import IntoLanguage
+    from llmrec.distillation.run import finish, train_student
+    from llmrec.distillation.teacher import Teacher
+    from llmrec.evaluation.evaluation import check_name
+    from llmrec.training.arguments import UNNAMED
+
+    # Whatever can be wrong is found out before a weight is made.
+    transformers.set_seed(training.seed)
+    data.check()
+    check_name(data.system)
+    folders = {data.method: data.artefact} | ({"cross_entropy": data.control_artefact} if data.control else {})
+    for folder in folders.values():
+        refuse_to_replace(Path(folder) / CATALOG_FOLDER)
+    if training.output_dir == UNNAMED:
+        training.output_dir = f"{data.artefact.rstrip('/')}.checkpoints"
+    teacher = Teacher.read(data.teacher, data.interactions, names, splits, str(training.device))
+    student.check(teacher.is_sequence, data.method)
+    if teacher.is_sequence or student.is_sequence:
+        kind: Any = IntoItems(teacher, data, student, items, events, losses, training)
+    else:
+        compute_dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
+        kind = IntoLanguage(teacher, data, student, training, compute_dtype)
+    for method, folder in folders.items():
+        output = training.output_dir if method == data.method else f"{training.output_dir.rstrip('/')}.control"
+        train_student(kind, teacher, data, student, training, method, folder, output)
+    if training.process_index == 0:
+        finish(teacher, data)
+
+
+if __name__ == "__main__":
+    run(main, make_parser())
