@@ -12,7 +12,7 @@ from typing import Literal
 from llmrec.exceptions import StageError
 
 FOLDERS = ("prompts", "semantic_ids", "train", "serve")
-ACCELERATED = frozenset({"train/sft.py", "train/seqrec.py", "train/rank.py"})
+ACCELERATED = frozenset({"train/sft.py", "train/rl.py", "train/distill.py", "train/seqrec.py", "train/rank.py"})
 
 Launcher = Literal["python", "accelerate"]
 
@@ -65,8 +65,8 @@ def stage_command(
     Args:
         name: A script, e.g. `train/sft.py`.
         args: The script's own arguments.
-        launcher: `python`, or `accelerate` (one process per device); None takes accelerate for the scripts that train
-            a language model, else python.
+        launcher: `python`, or `accelerate` (one process per device); None takes accelerate for the scripts that
+            train models, else python.
         launcher_args: Options of `accelerate launch` itself, e.g. `["--config_file", "train/accelerate/ddp.yaml"]`.
 
     Raises:

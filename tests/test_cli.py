@@ -14,7 +14,7 @@ from llmrec.exceptions import ArtefactError
 
 COMMANDS = [
     *("quickstart", "serve", "demo", "recommend", "search", "push", "stages", "run", "doctor", "compare", "baseline"),
-    "export",
+    *("layers", "reasoning", "tradeoff", "export"),
 ]
 
 

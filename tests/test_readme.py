@@ -44,7 +44,7 @@ STAGES = ("prompts", "semantic_ids", "train", "serve")
 DOCUMENTS = (
     "README.md",
     *(f"docs/{name}.md" for name in ("own_data", "evaluation", "serving", "artefact", "living_catalog", "demo")),
-    *(f"docs/{name}.md" for name in ("scaling", "sequence_models")),
+    *(f"docs/{name}.md" for name in ("scaling", "sequence_models", "after_sft")),
 )
 READMES = ("prompts/README.md", "semantic_ids/README.md", "train/README.md", "serve/README.md")
 SCALE_RUN_HERE = {"fit", "predict", "report"}  # a pilot that others have trained is in the workspace

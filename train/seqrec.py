@@ -10,6 +10,11 @@ A tuned SASRec on a sparser log, with item texts beside ids:
     accelerate launch train/seqrec.py --config train/recipes/sasrec.yaml --representation ids+text \
         --item_embeddings runs/embeddings --interactions interactions.parquet --artefact runs/sasrec/artefact
 
+A SASRec that thinks twice before it answers (ReaRec's progressive reasoning):
+
+    accelerate launch train/seqrec.py --config train/recipes/reasoning_prl.yaml \
+        --interactions interactions.parquet --artefact runs/prl/artefact
+
 Beside the artefact it writes metrics.json (every epoch's validation and the final test), training.html, and
 `evaluation/` for `llmrec compare`. Flags override the recipe. An interrupted run continues from its newest whole
 checkpoint; `--fresh` begins anew.
@@ -26,6 +31,7 @@ from typing import TYPE_CHECKING, Any, cast
 from llmrec.data.arguments import ColumnArguments, SplitArguments
 from llmrec.exceptions import RecipeError
 from llmrec.losses.arguments import LossArguments
+from llmrec.reasoning.arguments import ReasoningArguments
 from llmrec.script import parser, run
 from llmrec.sequence.arguments import EncoderArguments, EventArguments, ItemArguments, SequenceArguments
 
@@ -62,7 +68,7 @@ def make_parser() -> "TrlParser":
     return parser(
         (
             *(SequenceArguments, ColumnArguments, SplitArguments, EncoderArguments, ItemArguments, EventArguments),
-            *(LossArguments, StageArguments),
+            *(LossArguments, ReasoningArguments, StageArguments),
         ),
         __doc__,
     )
@@ -76,6 +82,7 @@ def main(
     item: ItemArguments,
     event: EventArguments,
     losses: LossArguments,
+    reasoning: ReasoningArguments,
     training: "StageArguments",
 ) -> None:
     import numpy as np
@@ -96,7 +103,7 @@ def main(
 
     # Whatever can be wrong is found out before a weight is made.
     transformers.set_seed(training.seed)
-    for flags in (data, item, losses):
+    for flags in (data, item, losses, reasoning):
         flags.check()
     check_metric(training)
     system = data.system or encoder.encoder
@@ -122,11 +129,11 @@ def main(
     # What is learnt from, or fitted to it, is this share's; what is asked and ranked is the whole split's.
     learnt = learnt_split(split, data.train_share, data.train_share_seed)
     seen = learnt_events(learnt, data.max_history + 1 if data.windows == "last" else None)
-    events = event.config(learnt)
+    events = event.config(learnt, tasks=bool(reasoning.actions))
     features = item.features(learnt)
     positions = events.positions(data.max_history) + (1 if encoder.encoder == "bert4rec" else 0)
     config = sequence_config(
-        encoder.config(positions),
+        reasoning.config(encoder, positions),
         split.num_items,
         data.max_history,
         item.described(features),
@@ -138,7 +145,7 @@ def main(
     event.check(model.causal, getattr(model.encoder.config, "relative_bias", ""))
     model.representation.set_items(features)
     if encoder.body is not None:
-        cast("CausalBodyModel", model.encoder).load_body(encoder.body)
+        cast("CausalBodyModel", getattr(model.encoder, "encoder", model.encoder)).load_body(encoder.body)
     histories = LoggedHistories(learnt, events)
     windows = TrainingWindows(
         histories,
@@ -162,6 +169,7 @@ def main(
         "items": asdict(item) | {name: None for name in _PLACES if hasattr(item, name)},
         "events": asdict(event),
         "loss": asdict(losses),
+        "reasoning": asdict(reasoning),
         "trainer": {name: getattr(training, name) for name in _TRAINING},
     }
     logger.info(
@@ -174,7 +182,7 @@ def main(
         model,
         training,
         windows,
-        losses.build(windows.target_counts()),
+        reasoning.loss(losses.build(windows.target_counts()), events),
         histories.cases("valid", chosen),
         valid[chosen],
         budget=data.tokens_per_batch,

@@ -78,6 +78,7 @@ def check(plan: "StudyPlan") -> None:
 
     from llmrec.data.arguments import ColumnArguments, SplitArguments
     from llmrec.losses.arguments import LossArguments
+    from llmrec.reasoning.arguments import ReasoningArguments
     from llmrec.sequence.arguments import EncoderArguments, EventArguments, ItemArguments, SequenceArguments
     from llmrec.study.place import RunPlace
     from llmrec.study.runner import write_recipe
@@ -85,7 +86,7 @@ def check(plan: "StudyPlan") -> None:
 
     arguments = (
         *(SequenceArguments, ColumnArguments, SplitArguments, EncoderArguments, ItemArguments, EventArguments),
-        *(LossArguments, StageArguments),
+        *(LossArguments, ReasoningArguments, StageArguments),
     )
     for each in plan.runs:
         if each.seed != plan.seeds[0]:
@@ -96,12 +97,12 @@ def check(plan: "StudyPlan") -> None:
             recipe = write_recipe(place)
             try:
                 # A parser takes a recipe's values for its defaults, and would keep them for the next one.
-                data, _, _, encoder, item, _, losses, _ = parse(
+                data, _, _, encoder, item, _, losses, reasoning, _ = parse(
                     parser(arguments, None), ["--config", str(recipe), "--artefact", str(place.artefact)]
                 )
-                for part in (data, item, losses):
+                for part in (data, item, losses, reasoning):
                     part.check()
-                config = encoder.config(1)
+                config = reasoning.config(encoder, 1)
                 with torch.device("meta"):  # its checks without its weights
                     AutoModel.from_config(config)
             except LLMRecError as error:

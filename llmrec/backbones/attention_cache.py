@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from llmrec.backbones.encoder import UNKNOWN_TIME, check_length, places_of
+from llmrec.backbones.reasoning_branches import Sight
 
 
 class KeysAndValues(NamedTuple):
@@ -49,11 +50,14 @@ class AttentionCache:
         layers: every layer's keys and values.
         mask: (B, S), true where there is an item; padding may stand anywhere.
         timestamps: (B, S) int64, or None where all are unknown.
+        places: (B, S) int64, or None where each column's place is the number of items before it: thoughts of several
+            branches have the same.
     """
 
     layers: tuple[KeysAndValues, ...]
     mask: Tensor
     timestamps: Tensor | None = None
+    places: Tensor | None = None
 
     def growth(
         self, config: PreTrainedConfig, mask: Tensor, timestamps: Tensor | None = None, isolated: bool = False
@@ -87,6 +91,17 @@ class AttentionCache:
             mask=torch.cat((self.mask, mask), dim=1),
             timestamps=self._joined(mask, timestamps),
             key_places=torch.cat((places_of(self.mask), places), dim=1),
+        )
+
+    def thought(self, sight: Sight, timestamps: Tensor | None = None) -> Growth:
+        """How new columns of thought stand behind those that were read; `timestamps` (B, m) are theirs."""
+        before = places_of(self.mask) if self.places is None else self.places
+        return Growth(
+            places=sight.places,
+            allowed=sight.allowed,
+            mask=torch.cat((self.mask, sight.mask), dim=1),
+            timestamps=self._joined(sight.mask, timestamps),
+            key_places=torch.cat((before, sight.places), dim=1),
         )
 
     def _joined(self, mask: Tensor, timestamps: Tensor | None) -> Tensor | None:

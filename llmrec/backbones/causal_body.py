@@ -15,6 +15,7 @@ from transformers import initialization as init
 from llmrec.backbones.attention_cache import AttentionCache, KeysAndValues
 from llmrec.backbones.encoder import SequenceEncoder, check_length, places_of
 from llmrec.backbones.hub import one_line, require_file
+from llmrec.backbones.reasoning_branches import AttentionBranches, Sight
 from llmrec.backbones.transformer_block import causal_mask
 from llmrec.exceptions import BackboneError
 
@@ -245,6 +246,32 @@ class CausalBodyModel(SequenceEncoder):
         hidden = self._encode(representations, grown.places, grown.allowed, scratch)
         hidden = hidden.masked_fill(~mask[..., None], 0)
         return hidden, cache if isolated else AttentionCache(_kept(scratch), grown.mask)
+
+    def branches(
+        self,
+        places: Tensor,
+        representations: Tensor,
+        mask: Tensor,
+        timestamps: Tensor | None = None,
+        next_timestamps: Tensor | None = None,
+    ) -> tuple[Tensor, AttentionBranches]:
+        """See `SequenceEncoder.branches`. GPT-2 adds its own positions to thoughts as it does to items."""
+        states, cache = self.prefill(representations, mask)
+        return states, AttentionBranches.begin(self._think, cache, cache.mask, places, None, None)
+
+    def _think(
+        self,
+        cache: AttentionCache,
+        thoughts: Tensor,
+        sight: Sight,
+        timestamps: Tensor | None,
+        next_timestamps: Tensor | None,
+    ) -> tuple[Tensor, AttentionCache]:
+        """Thoughts (B, m, D) through the body."""
+        grown = cache.thought(sight)
+        scratch = DynamicCache(cache.layers)  # changed by its users, and the branches before may be thought on again
+        hidden = self._encode(thoughts, grown.places, grown.allowed, scratch)
+        return hidden, AttentionCache(_kept(scratch), grown.mask, None, grown.key_places)
 
     def _read(self, representations: Tensor, mask: Tensor | None, cache: DynamicCache | None) -> Tensor:
         length = representations.shape[1]

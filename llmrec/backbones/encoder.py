@@ -5,13 +5,16 @@ scores are `llmrec.sequence.model`'s.
 """
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmrec.exceptions import BackboneError
+
+if TYPE_CHECKING:
+    from llmrec.backbones.reasoning_branches import Branches
 
 # Unix seconds are int64, exact on every device; this one stands for a time that nobody knows.
 UNKNOWN_TIME = torch.iinfo(torch.int64).min
@@ -75,6 +78,42 @@ class SequenceEncoder(PreTrainedModel):
         """
         raise BackboneError(
             f"{type(self).__name__} is causal and hides no items. Train it to predict each next item instead."
+        )
+
+    def states_at(
+        self,
+        places: Tensor,
+        representations: Tensor,
+        mask: Tensor | None = None,
+        timestamps: Tensor | None = None,
+        actions: Tensor | None = None,
+        domains: Tensor | None = None,
+        next_timestamps: Tensor | None = None,
+    ) -> Tensor:
+        """(B, P, D) the states of `forward` at some places (B, P) int64 alone; further arguments are `forward`'s."""
+        states: Tensor = self(representations, mask, timestamps, actions, domains, next_timestamps)
+        return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
+
+    def branches(
+        self,
+        places: Tensor,
+        representations: Tensor,
+        mask: Tensor,
+        timestamps: Tensor | None = None,
+        next_timestamps: Tensor | None = None,
+    ) -> "tuple[Tensor, Branches]":
+        """The states (B, S, D) of `forward`, and a branch of thought behind each of some places.
+
+        Args:
+            places: (B, P) int64 columns 0..S - 1; a branch at padding thinks of nothing.
+            representations, mask, timestamps, next_timestamps: as in `forward`.
+
+        Raises:
+            BackboneError: if this encoder cannot go on from what it has read.
+        """
+        raise BackboneError(
+            f"{type(self).__name__} reads a history to both sides, so nothing can be thought behind it unless it is "
+            "all read again. Reason with an encoder that is causal."
         )
 
 

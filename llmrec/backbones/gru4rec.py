@@ -6,12 +6,14 @@ Source: Hidasi et al., "Session-based Recommendations with Recurrent Neural Netw
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers import initialization as init
 
-from llmrec.backbones.encoder import SequenceEncoder, check_length
+from llmrec.backbones.encoder import SequenceEncoder, check_length, places_of
+from llmrec.backbones.reasoning_branches import RecurrentBranches
 
 
 class GRU4RecConfig(PreTrainedConfig):
@@ -125,6 +127,46 @@ class GRU4RecModel(SequenceEncoder):
         alone = None if mask is None else mask.reshape(-1, 1)
         hidden, _ = self._read(representations.reshape(batch * added, 1, -1), alone, each)
         return hidden.view_as(representations), cache
+
+    def branches(
+        self,
+        places: Tensor,
+        representations: Tensor,
+        mask: Tensor,
+        timestamps: Tensor | None = None,
+        next_timestamps: Tensor | None = None,
+    ) -> tuple[Tensor, RecurrentBranches]:
+        """See `SequenceEncoder.branches`. A thought enters the layers as an item does, from its place's own state."""
+        mask = mask.bool()
+        if len(mask):
+            check_length(self.config, int(mask.sum(dim=1).max()), None)
+        width = self.gru.hidden_size
+        if not mask.numel():
+            nothing = representations.new_zeros(self.gru.num_layers, places.numel(), width)
+            return representations, RecurrentBranches(self._think, nothing)
+        order = (~mask).long().argsort(dim=1, stable=True)[..., None]  # items to the left, in their order
+        x = self.dropout(representations.masked_fill(~mask[..., None], 0)).gather(1, order.expand_as(representations))
+        begin = x.new_zeros(1, len(mask), width)
+        # Layer by layer, because a GRU of several tells the states of its last one alone.
+        layers = []
+        for number in range(self.gru.num_layers):
+            weights: list[Tensor] = [weight for weight in self.gru.all_weights[number] if weight is not None]
+            if number:
+                x = F.dropout(x, self.gru.dropout, self.training)
+            x = torch.gru(x, begin, weights, True, 1, 0.0, self.training, False, True)[0]
+            layers.append(x)
+        hidden = self.output(x)
+        hidden = torch.zeros_like(hidden).scatter(1, order.expand_as(hidden), hidden).masked_fill(~mask[..., None], 0)
+        numbers = places_of(mask).gather(1, places)[..., None].expand(-1, -1, width)
+        states = torch.stack([layer.gather(1, numbers).flatten(0, 1) for layer in layers])
+        return hidden, RecurrentBranches(self._think, states)
+
+    def _think(self, thoughts: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """(R, 1, D) thoughts behind (layers, R, W) states -> (R, 1, D) and the states after them."""
+        if not len(thoughts):
+            return thoughts, states
+        hidden, states = self.gru(self.dropout(thoughts), states)
+        return self.output(hidden), states
 
     def _read(
         self, representations: Tensor, mask: Tensor | None, cache: GRU4RecCache | None = None

@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from llmrec.backbones.encoder import UNKNOWN_TIME, SequenceEncoder, check_length, places_of
 from llmrec.backbones.hstu_cache import Attend, Continuation, HSTUCache
 from llmrec.backbones.jagged import offsets_of, places_in, with_padding, without_padding
+from llmrec.backbones.reasoning_branches import AttentionBranches, Sight
 from llmrec.backbones.relative_bias import RelativeBias, query_times, turned
 from llmrec.exceptions import BackboneError
 from llmrec.kernels.hstu_attention import hstu_attention
@@ -307,6 +308,53 @@ class HSTUModel(SequenceEncoder):
             x = layer(x, places, behind.layer(number))
         states = self.norm(x).masked_fill(~mask[..., None], 0)
         return states, cache if isolated else behind.grown()
+
+    def branches(
+        self,
+        places: Tensor,
+        representations: Tensor,
+        mask: Tensor,
+        timestamps: Tensor | None = None,
+        next_timestamps: Tensor | None = None,
+    ) -> tuple[Tensor, AttentionBranches]:
+        """See `SequenceEncoder.branches`."""
+        states, cache = self.prefill(representations, mask, timestamps, next_timestamps)
+        return states, AttentionBranches.begin(
+            self._think, cache, cache.mask, places, cache.timestamps, next_timestamps
+        )
+
+    def _think(
+        self,
+        cache: HSTUCache,
+        thoughts: Tensor,
+        sight: Sight,
+        timestamps: Tensor | None,
+        next_timestamps: Tensor | None,
+    ) -> tuple[Tensor, HSTUCache]:
+        """Thoughts (B, m, D) through the layers: neither scaled nor given the positions of items.
+
+        Where attention is divided by the length, that is the number of keys that a thought sees.
+        """
+        places, allowed = sight.places, sight.allowed
+        if timestamps is None:
+            timestamps = torch.full_like(places, UNKNOWN_TIME)
+        by_limit = self.config.normalize_by == "max_length"
+        behind = Continuation(
+            cache,
+            places,
+            sight.mask,
+            timestamps,
+            next_timestamps,
+            isolated=False,
+            normaliser=self.config.max_position_embeddings if by_limit else allowed.sum(dim=-1, keepdim=True),
+            softmax=self.config.score == "softmax",
+            bias=cast(HSTULayer, self.layers[0]).bias,
+            looks=allowed,
+        )
+        x = self.dropout(thoughts)
+        for number, layer in enumerate(self.layers):
+            x = layer(x, places, behind.layer(number))
+        return self.norm(x), behind.grown()
 
     def _embedded(self, representations: Tensor, places: Tensor) -> Tensor:
         """(…, D), (…) -> (…, D): what enters the first layer."""

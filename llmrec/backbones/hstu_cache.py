@@ -56,6 +56,7 @@ class Continuation:
         normaliser: Tensor | int,
         softmax: bool,
         bias: RelativeBias,
+        looks: Tensor | None = None,
     ) -> None:
         """
         Args:
@@ -68,6 +69,8 @@ class Continuation:
             normaliser: n of equation 2, a number or (B, 1, m, 1).
             softmax: whether weights are a softmax of the scores, without n, and not their SiLU.
             bias: of any layer.
+            looks: (B, 1, m, n + m), true where a new item looks; None: at all that was read and, of the new ones, as
+                `isolated` says.
         """
         self._cache, self._isolated, self._softmax, self._normaliser = cache, isolated, softmax, normaliser
         self._columns = (places, mask, timestamps)
@@ -84,7 +87,8 @@ class Continuation:
         self._relations = (history, own)
         self._own_shape = (batch, 1, count, seen.shape[-1])
         past = cache.mask[:, None, :].expand(-1, count, -1)
-        self._looks = torch.cat((past, seen), dim=-1)[:, None]  # (B, 1, m, n + 1 or n + m)
+        # (B, 1, m, n + 1 or n + m)
+        self._looks = torch.cat((past, seen), dim=-1)[:, None] if looks is None else looks
 
     def layer(self, number: int) -> Attend:
         """The attention of one layer."""

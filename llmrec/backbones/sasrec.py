@@ -16,6 +16,7 @@ from transformers import initialization as init
 
 from llmrec.backbones.attention_cache import AttentionCache, KeysAndValues
 from llmrec.backbones.encoder import SequenceEncoder, check_length, places_of
+from llmrec.backbones.reasoning_branches import AttentionBranches, Sight
 from llmrec.backbones.relative_bias import Relations, RelativeBias
 from llmrec.backbones.transformer_block import Block, BlockShape, Surroundings, causal_mask
 from llmrec.exceptions import BackboneError
@@ -198,6 +199,33 @@ class SASRecModel(SequenceEncoder):
         hidden = hidden.masked_fill(~mask[..., None], 0)
         return hidden, cache if isolated else AttentionCache(layers, grown.mask, grown.timestamps)
 
+    def branches(
+        self,
+        places: Tensor,
+        representations: Tensor,
+        mask: Tensor,
+        timestamps: Tensor | None = None,
+        next_timestamps: Tensor | None = None,
+    ) -> tuple[Tensor, AttentionBranches]:
+        """See `SequenceEncoder.branches`."""
+        states, cache = self.prefill(representations, mask, timestamps, next_timestamps)
+        return states, AttentionBranches.begin(self._think, cache, cache.mask, places, timestamps, next_timestamps)
+
+    def _think(
+        self,
+        cache: AttentionCache,
+        thoughts: Tensor,
+        sight: Sight,
+        timestamps: Tensor | None,
+        next_timestamps: Tensor | None,
+    ) -> tuple[Tensor, AttentionCache]:
+        """Thoughts (B, m, D) through the blocks: neither scaled nor given the positions of items."""
+        grown = cache.thought(sight, timestamps)
+        times = None if grown.timestamps is None else grown.timestamps[:, -sight.mask.shape[1] :]
+        relations = self._relations(grown.places, times, next_timestamps, grown.key_places, grown.timestamps)
+        hidden, layers = self._through(thoughts, Surroundings(grown.places, grown.allowed, relations), cache.layers)
+        return hidden, AttentionCache(layers, grown.mask, grown.timestamps, grown.key_places)
+
     def _read(
         self,
         representations: Tensor,
@@ -235,6 +263,12 @@ class SASRecModel(SequenceEncoder):
         x = representations * math.sqrt(self.config.hidden_size)
         if self.positions is not None:
             x = x + self.positions(around.places)  # equation 1
+        return self._through(x, around, past)
+
+    def _through(
+        self, x: Tensor, around: Surroundings, past: tuple[KeysAndValues | None, ...]
+    ) -> tuple[Tensor, tuple[KeysAndValues, ...]]:
+        """What enters the first block (B, Sq, D) through all of them."""
         x = self.dropout(x)
         layers = []
         for block, before in zip(self.blocks, past, strict=True):  # equation 5

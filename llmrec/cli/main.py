@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 import llmrec
-from llmrec.cli import baseline, data, export, ids, recommend, scale, servers
+from llmrec.cli import baseline, data, export, ids, layers, reasoning, recommend, scale, servers, tradeoff
 from llmrec.cli.options import Artefact, InvalidRows, Revision, SplitName, TimestampUnit
 from llmrec.exceptions import LLMRecError
 
@@ -224,7 +224,7 @@ def run(
     args: Annotated[list[str] | None, typer.Argument(help="The script's own arguments; --help shows them.")] = None,
     launcher: Annotated[
         Literal["python", "accelerate"] | None,
-        typer.Option(help="By default accelerate for train/sft.py, else python."),
+        typer.Option(help="By default accelerate for scripts that train a model, else python."),
     ] = None,
     launch_config: Annotated[
         Path | None, typer.Option(help="A config file of `accelerate launch`, e.g. one from train/accelerate/.")
@@ -283,6 +283,9 @@ def compare(
 
 
 app.command()(baseline.baseline)
+app.command()(layers.layers)
+app.command()(reasoning.reasoning)
+app.command()(tradeoff.tradeoff)
 app.command()(export.export)
 
 

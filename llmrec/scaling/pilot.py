@@ -123,6 +123,11 @@ class PilotEncoder:
                 f"{name} takes its negatives {flags['negatives']}, and how many these are depends on each batch. Say "
                 "negatives uniform or popularity with num_negatives, which a law can count."
             )
+        if flags.get("reasoning", "none") != "none":
+            raise RecipeError(
+                f"{name} reasons ({flags['reasoning']}), and what thoughts cost is not in the cost model. Leave "
+                "reasoning out, and add it to the size that is chosen."
+            )
         # A seed of its own is the study's; the sizes are the grid's.
         given = set(overrides or {})
         foreign = ("num_attention_heads",) if name in _HEADLESS else ()  # one recipe holds for all encoders

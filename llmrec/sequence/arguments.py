@@ -239,14 +239,19 @@ class EventArguments:
         },
     )
 
-    def config(self, split: "Split") -> "EventConfig":
-        """What the model is told; raises DataError if the interactions do not say it."""
+    def config(self, split: "Split", tasks: bool = False) -> "EventConfig":
+        """What the model is told; raises DataError if the interactions do not say it.
+
+        Args:
+            split: of the interactions.
+            tasks: whether something else than the model asks for what was done, so that actions need numbers.
+        """
         from llmrec.sequence.events import EventConfig
         from llmrec.sequence.histories import LoggedHistories
 
         actions, domains = LoggedHistories.names(split)
         for name, wanted, known in (
-            ("action", self.action_tokens != "none" or self.target_action or self.action_weights, actions),
+            ("action", self.action_tokens != "none" or self.target_action or self.action_weights or tasks, actions),
             ("domain", self.domain_tokens != "none", domains),
         ):
             if wanted and not known:
@@ -254,7 +259,7 @@ class EventArguments:
         if self.request_time and not split.clock:
             raise DataError("request_time is true, and the interactions have no times that are a clock. Leave it out.")
         return EventConfig(
-            actions=actions if self.action_tokens != "none" or self.action_weights else [],
+            actions=actions if self.action_tokens != "none" or self.action_weights or tasks else [],
             domains=domains if self.domain_tokens != "none" else [],
             action_tokens=self.action_tokens,
             domain_tokens=self.domain_tokens,

@@ -12,11 +12,14 @@ from transformers import initialization as init
 
 from llmrec.backbones.encoder import UNKNOWN_TIME, SequenceEncoder
 from llmrec.backbones.encoders import register_encoders
+from llmrec.backbones.reasoning import ReasoningEncoder
 from llmrec.examples import IGNORED
 from llmrec.exceptions import BackboneError
 from llmrec.losses.loss import ItemLoss
+from llmrec.reasoning.losses import ReasoningLoss, StepQueries
+from llmrec.reasoning.tasks import step_labels
 from llmrec.representations.build import build_representation
-from llmrec.sequence.events import EventConfig, EventLayout
+from llmrec.sequence.events import EventConfig, EventLayout, Tokens
 
 
 class SequenceConfig(PreTrainedConfig):
@@ -122,6 +125,7 @@ class SequenceModel(PreTrainedModel):
         weights: Tensor | None = None,
         first_items: Tensor | None = None,
         loss: ItemLoss | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
         """The query for the item after each place; of a model that hides items, for the item at each place.
 
@@ -135,10 +139,12 @@ class SequenceModel(PreTrainedModel):
             weights: (B, S) what each label counts; None: 1 each.
             first_items: (F,) first items of histories, from which the query of a new user learns; its gradient reaches
                 nothing else, and its loss is no part of what comes back.
-            loss: with labels.
+            loss: with labels. A `ReasoningLoss` asks all steps of an encoder that thinks.
+            places: (B, P) the places, 0..S - 1, whose queries come back; None: all. An encoder that thinks does so
+                there alone.
 
         Returns:
-            (B, S, D), zeros at padded places; or the sum of the labels' losses.
+            (B, S, D), or (B, P, D), zeros at padded places; or the sum of the labels' losses.
         """
         representations = self.representation(items)
         if hidden is not None:
@@ -149,17 +155,15 @@ class SequenceModel(PreTrainedModel):
             *(representations, mask, timestamps, actions, domains),
             *(next_timestamps, next_actions, next_domains),
         )
-        states = self.encoder(
-            *(tokens.representations, tokens.mask, tokens.timestamps),
-            *(tokens.actions, tokens.domains, tokens.next_timestamps),
-        )
-        if tokens.reads is not None:
-            states = states.gather(1, tokens.reads[..., None].expand(-1, -1, states.shape[-1]))
-        queries = self.queries(states)
         if labels is None or loss is None:
-            return queries
-        places = labels != IGNORED
-        total: Tensor = loss(queries[places], labels[places], self, None if weights is None else weights[places])
+            return self.queries(self._states(tokens, places))
+        asked = labels != IGNORED
+        counts = None if weights is None else weights[asked]
+        total: Tensor
+        if self._thinks:
+            total = self._thought_loss(tokens, labels, asked, next_actions, counts, loss)
+        else:
+            total = loss(self.queries(self._states(tokens))[asked], labels[asked], self, counts)
         return total if first_items is None else total + self._start_loss(first_items)
 
     def last(
@@ -181,7 +185,7 @@ class SequenceModel(PreTrainedModel):
         ends = mask.sum(dim=1)  # (B,)
         rows = torch.arange(len(items), device=items.device)
         if self.causal:
-            found: Tensor = self(items, mask, *given)[rows, (ends - 1).clamp_min(0)]
+            found: Tensor = self(items, mask, *given, places=(ends - 1).clamp_min(0)[:, None])[:, 0]
         else:
             longer = [_longer(one) for one in (items, mask)]
             hidden = torch.zeros_like(longer[1])
@@ -224,6 +228,50 @@ class SequenceModel(PreTrainedModel):
     def vectors(self, rows: Tensor) -> Tensor:
         """Rows (…) -> (…, D), the same of some items."""
         return self._scored(self.representation(rows))
+
+    @property
+    def _thinks(self) -> bool:
+        return isinstance(self.encoder, ReasoningEncoder) and bool(self.encoder.steps)
+
+    def _states(self, tokens: Tokens, places: Tensor | None = None) -> Tensor:
+        """(B, S, D) the encoder's states after events; after those at some places (B, P) alone, (B, P, D)."""
+        columns = _columns(tokens, places)
+        given = _inputs(tokens)
+        states: Tensor = self.encoder(*given) if columns is None else self.encoder.states_at(columns, *given)
+        return states
+
+    def _thought_loss(
+        self,
+        tokens: Tokens,
+        labels: Tensor,
+        asked: Tensor,
+        next_actions: Tensor | None,
+        counts: Tensor | None,
+        loss: ItemLoss,
+    ) -> Tensor:
+        """The sum of the labels' losses where the encoder thinks: at labelled places alone."""
+        assert isinstance(self.encoder, ReasoningEncoder)
+        # Labelled places to the left, in their order; at least one column, so that every weight has a gradient.
+        width = max(1, int(asked.sum(dim=1).max())) if len(asked) else 0
+        places = (~asked).long().argsort(dim=1, stable=True)[:, :width]
+        there = asked.gather(1, places)
+        columns = _columns(tokens, places)
+        assert columns is not None
+        noise = loss.noise if isinstance(loss, ReasoningLoss) else 0.0
+        found = self.encoder.reason(columns, *_inputs(tokens), noise=noise)
+        states = found.states[there]  # (T, K + 1, D), T in the order of labels[asked]
+        served = self.queries(self.encoder.answer(states))
+        if not isinstance(loss, ReasoningLoss):
+            total: Tensor = loss(served, labels[asked], self, counts)
+            return total
+        steps = StepQueries(
+            served=served,
+            steps=self.queries(states),
+            noised=None if found.noised is None else self.queries(found.noised[there]),
+            keys=self._scored(states[:, 1:]),
+            labels=step_labels(labels, next_actions, loss.tasks)[asked] if loss.tasks else None,
+        )
+        return loss.of_steps(steps, labels[asked], self, counts)
 
     def _start_loss(self, first_items: Tensor) -> Tensor:
         """0, with the gradient of the first items' softmax loss for the start vector."""
@@ -270,6 +318,23 @@ def register() -> None:
     """Makes AutoConfig and AutoModel know sequence models; may be called again."""
     AutoConfig.register(SequenceConfig.model_type, SequenceConfig, exist_ok=True)
     AutoModel.register(SequenceConfig, SequenceModel, exist_ok=True)
+
+
+def _columns(tokens: Tokens, places: Tensor | None) -> Tensor | None:
+    """(B, P) where in the tokens the states of places are read; None: everywhere, in order."""
+    if tokens.reads is None or places is None:
+        return tokens.reads if places is None else places
+    return tokens.reads.gather(1, places)
+
+
+def _inputs(
+    tokens: Tokens,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """What an encoder is given."""
+    return (
+        *(tokens.representations, tokens.mask, tokens.timestamps),
+        *(tokens.actions, tokens.domains, tokens.next_timestamps),
+    )
 
 
 def _longer(one: Tensor) -> Tensor:

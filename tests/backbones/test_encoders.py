@@ -17,7 +17,14 @@ from llmrec.exceptions import BackboneError
 D, LIMIT = 8, 7
 SIZES = {"hidden_size": D, "max_position_embeddings": LIMIT, "num_hidden_layers": 2}
 
-# Module, its config and model, and what they are given beside SIZES.
+
+def thinking(encoder: dict[str, Any], steps: int, kind: str, block_size: int = 1) -> tuple[str, str, dict[str, Any]]:
+    """An encoder that thinks; its own has positions for the thoughts too."""
+    inner = {**SIZES, **encoder, "max_position_embeddings": LIMIT + steps * block_size}
+    return "reasoning", "Reasoning", {"encoder": inner, "steps": steps, "kind": kind, "block_size": block_size}
+
+
+# Module, its config, and what they are given beside SIZES.
 ENCODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "hstu": ("hstu", "HSTU", {"num_attention_heads": 2, "qk_dim": 4, "v_dim": 4}),
     "hstu-softmax": ("hstu", "HSTU", {"score": "softmax", "relative_bias": "rope+time", "normalize_by": "length"}),
@@ -28,11 +35,21 @@ ENCODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert4rec": ("bert4rec", "BERT4Rec", {"num_attention_heads": 2}),
     "llama": ("causal_body", "CausalBody", {"body": "llama", "num_attention_heads": 2}),
     "gpt2": ("causal_body", "CausalBody", {"body": "gpt2", "num_attention_heads": 2}),
+    "sasrec-erl": thinking({"model_type": "sasrec", "num_attention_heads": 2}, 2, "erl"),
+    "sasrec-block": thinking({"model_type": "sasrec", "relative_bias": "position+time"}, 2, "block", 3),
+    "hstu-prl": thinking({"model_type": "hstu", "num_attention_heads": 2, "qk_dim": 4, "v_dim": 4}, 3, "prl"),
+    "hstu-block": thinking({"model_type": "hstu", "score": "softmax", "relative_bias": "rope+time"}, 1, "block", 2),
+    "gru4rec-prl": thinking({"model_type": "gru4rec"}, 2, "prl"),
+    "llama-block": thinking({"model_type": "causal_body", "body": "llama"}, 2, "block", 2),
+    "gpt2-erl": thinking({"model_type": "causal_body", "body": "gpt2"}, 1, "erl"),
+    "sasrec-unthought": thinking({"model_type": "sasrec"}, 0, "prl"),
 }
 every = pytest.mark.parametrize("name", ENCODERS)
 CAUSAL = [name for name in ENCODERS if name != "bert4rec"]
+# Those that can be asked to go on from what they have read.
+CACHED = [name for name in CAUSAL if ENCODERS[name][0] != "reasoning"]
 # Those that read times.
-TIMED = ["hstu", "hstu-softmax", "sasrec-bias"]
+TIMED = ["hstu", "hstu-softmax", "sasrec-bias", "sasrec-block", "hstu-prl", "hstu-block"]
 
 
 def built(name: str) -> SequenceEncoder:
@@ -41,7 +58,8 @@ def built(name: str) -> SequenceEncoder:
     module = importlib.import_module(f"llmrec.backbones.{file}")
     torch.manual_seed(0)
     config = getattr(module, f"{prefix}Config")(**SIZES, **parts)
-    model: SequenceEncoder = getattr(module, f"{prefix}Model")(config).double().eval()
+    module.register()
+    model: SequenceEncoder = AutoModel.from_config(config).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -238,7 +256,7 @@ def test_only_encoders_that_look_ahead_hide_items(models: dict[str, SequenceEnco
     assert not torch.equal(masked[0, 1], columns[0][0, 1])
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", CACHED)
 @pytest.mark.parametrize("cuts", [(0, 3, 6, LIMIT), (0, 1, LIMIT), (0, LIMIT)], ids=str)
 def test_cached_reading_is_reading_at_once(
     models: dict[str, SequenceEncoder], name: str, cuts: tuple[int, ...]
@@ -262,7 +280,7 @@ def test_cached_reading_is_reading_at_once(
             model.extend(cache, columns[0][:, :1], times[:, :1])
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", CACHED)
 def test_isolated_candidates_are_read_one_by_one(models: dict[str, SequenceEncoder], name: str) -> None:
     model: Any = models[name]
     columns, candidates = history(LIMIT - 1), history(LIMIT + 2, seed=1)

@@ -105,6 +105,12 @@ def test_negatives_that_no_law_can_count_are_refused(drawn):
     assert PilotEncoder.read("sasrec", RECIPES, None, {**given, "negatives": "uniform"}).negatives == 128
 
 
+def test_what_reasons_is_refused():
+    with pytest.raises(RecipeError, match=r"sasrec reasons \(prl\), and what thoughts cost"):
+        PilotEncoder.read("sasrec", RECIPES, None, {"reasoning": "prl"})
+    assert PilotEncoder.read("sasrec", RECIPES, None, {"reasoning": "none"}).name == "sasrec"
+
+
 def test_negatives_and_windows_are_the_recipe_s():
     published = PilotEncoder.read("hstu", RECIPES, "hstu_ml1m.yaml")
     assert (published.negatives, published.longest, published.script) == (128, 201, "train/seqrec.py")

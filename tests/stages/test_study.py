@@ -15,17 +15,19 @@ from llmrec.data.arguments import ColumnArguments, SplitArguments
 from llmrec.data.sample import make_sample
 from llmrec.exceptions import RecipeError
 from llmrec.losses.arguments import LossArguments
+from llmrec.reasoning.arguments import ReasoningArguments
 from llmrec.script import parse, parser
 from llmrec.sequence.arguments import EncoderArguments, EventArguments, ItemArguments, SequenceArguments
 from llmrec.training.arguments import StageArguments
 
 ARGUMENTS = (
     *(SequenceArguments, ColumnArguments, SplitArguments, EncoderArguments, ItemArguments, EventArguments),
-    *(LossArguments, StageArguments),
+    *(LossArguments, ReasoningArguments, StageArguments),
 )
 MODELS = (
     *("bert4rec", "cross_domain", "debug_seqrec", "esasrec", "gpt2_items", "gru4rec", "hstu_large_ml1m", "hstu_ml1m"),
-    *("llama_items", "sasrec", "sasrec_ml1m"),
+    *("llama_items", "reasoning_block", "reasoning_debug", "reasoning_erl", "reasoning_prl", "reasoning_prl_gpu"),
+    *("sasrec", "sasrec_ml1m"),
 )
 
 
@@ -49,13 +51,13 @@ def plan_of(script, recipe, *flags):
 def test_the_recipe_s_flags_make_a_model(checkout, tmp_path, name):
     recipe = checkout / f"train/recipes/{name}.yaml"
     config = ["--config", str(recipe), "--interactions", "log.csv", "--artefact", str(tmp_path / "artefact")]
-    data, _, _, encoder, item, event, losses, training = parse(parser(ARGUMENTS, None), config)
-    for flags in (data, item, losses):
+    data, _, _, encoder, item, event, losses, reasoning, training = parse(parser(ARGUMENTS, None), config)
+    for flags in (data, item, losses, reasoning):
         flags.check()
     with torch.device("meta"):
-        AutoModel.from_config(encoder.config(2 * data.max_history + 1))
+        AutoModel.from_config(reasoning.config(encoder, 2 * data.max_history + 1))
     values = yaml.safe_load(recipe.read_text())
-    said = vars(data) | vars(encoder) | vars(item) | vars(event) | vars(losses)
+    said = vars(data) | vars(encoder) | vars(item) | vars(event) | vars(losses) | vars(reasoning)
     assert {key: said[key] for key in values if key in said} == {key: values[key] for key in values if key in said}
     assert training.seed == 0
     first = recipe.read_text().splitlines()
@@ -83,7 +85,7 @@ def test_hstu_is_as_published(checkout):
     ("name", "count", "curve"),
     [
         *(("rq1", 48, "num_hidden_layers"), ("rq2", 39, None), ("debug", 4, "num_hidden_layers")),
-        *(("ml1m", 12, None), ("beauty", 9, None)),
+        *(("ml1m", 12, None), ("beauty", 9, None), ("reasoning", 36, "reasoning_steps")),
     ],
 )
 def test_the_study_s_recipe_is_a_plan_of_models(script, name, count, curve):
