@@ -60,6 +60,29 @@ class Settings:
                 "Use what the model was trained with, or a newer llmrec."
             )
 
+    @property
+    def seeds(self) -> dict[str, Any]:
+        """`training`: the seed of its training, None if unknown; `further`: those of what came after it, if any."""
+        named = [
+            entry.get("settings", {}).get("trainer", {}).get("seed") for entry in self.training.get("further", [])
+        ]
+        first = self.training.get("trainer", {}).get("seed")
+        return {"training": first} | ({"further": named} if named else {})
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What of `training` says how it was trained, and nothing that came of it.
+
+        Two models whose recipes are equal but for the seeds are one system, trained twice (`llmrec compare`).
+        """
+        kept = {
+            name: value for name, value in self.training.items() if name not in ("evaluations", "cost", "versions")
+        }
+        if "further" in kept:
+            described = ("method", "settings")
+            kept["further"] = [{name: one[name] for name in described if name in one} for one in kept["further"]]
+        return kept
+
 
 class RequestEncoder(ABC):
     """Requests to what a model reads, as a list of whole numbers: its prompt.

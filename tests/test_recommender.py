@@ -419,3 +419,24 @@ def test_templates_given_later_are_used():
         made.search("red")
     made.templates = {"search": {"only": Prompt("{{ query }} is ")}}
     assert len(made.search("red", 3)) == 3
+
+
+def test_what_came_of_a_training_is_no_part_of_its_recipe() -> None:
+    def settings(seed: int, gain: float) -> Settings:
+        came = {
+            "began_with": f"sft of {seed}",
+            "said": ["It helped."],
+            "outcome": {"gain": gain},
+            "cost": {"steps": 9},
+        }
+        further = [{"method": "GRPO", "settings": {"trainer": {"seed": seed + 1, "beta": 0.1}}, **came}]
+        training = {"trainer": {"seed": seed}, "cost": {"fit_seconds": gain}, "evaluations": [gain], "versions": {}}
+        return Settings(training=training | {"further": further})
+
+    assert settings(3, 0.5).seeds == {"training": 3, "further": [4]}
+    assert settings(3, 0.5).recipe == settings(3, 0.7).recipe
+    assert settings(3, 0.5).recipe["further"] == [
+        {"method": "GRPO", "settings": {"trainer": {"seed": 4, "beta": 0.1}}}
+    ]
+    assert Settings().seeds == {"training": None}
+    assert Settings().recipe == {}

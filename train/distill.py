@@ -21,11 +21,13 @@ continues from its newest whole checkpoint; `--fresh` begins anew.
 """
 
 import logging
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrec.data.arguments import ColumnArguments, SplitArguments
 from llmrec.distillation.arguments import DistillArguments, StudentArguments
+from llmrec.exceptions import RecipeError
 from llmrec.losses.arguments import LossArguments
 from llmrec.script import parser, run
 from llmrec.sequence.arguments import EventArguments, ItemArguments
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
     from llmrec.training.arguments import FineTuningArguments
 
 logger = logging.getLogger("llmrec.train.distill")
+
+# What of `DistillArguments` is for students that are sequence models.
+_WINDOWS = ("windows", "tokens_per_batch", "soft_items", "soft_cases", "soft_rest", "soft_cache")
 
 
 def make_parser() -> "TrlParser":
@@ -83,6 +88,7 @@ def main(
         training.output_dir = f"{data.artefact.rstrip('/')}.checkpoints"
     teacher = Teacher.read(data.teacher, data.interactions, names, splits, str(training.device))
     student.check(teacher.is_sequence, data.method)
+    refuse_unused(data, items, events, losses, teacher.is_sequence or student.is_sequence)
     if teacher.is_sequence or student.is_sequence:
         kind: Any = IntoItems(teacher, data, student, items, events, losses, training)
     else:
@@ -93,6 +99,22 @@ def main(
         train_student(kind, teacher, data, student, training, method, folder, output)
     if training.process_index == 0:
         finish(teacher, data)
+
+
+def refuse_unused(
+    data: DistillArguments, items: ItemArguments, events: EventArguments, losses: LossArguments, sequence: bool
+) -> None:
+    """Raises RecipeError for flags that this kind of student, a sequence model or not, has no use for."""
+    names = ("tasks", "softmax_range") if sequence else _WINDOWS
+    checked: tuple[Any, ...] = (data,) if sequence else (data, items, events, losses)
+    for flags in checked:
+        for one in fields(flags):
+            if (flags is not data or one.name in names) and getattr(flags, one.name) != one.default:
+                kinds = ("language", "sequence") if sequence else ("sequence", "language")
+                raise RecipeError(
+                    f"--{one.name} is for {kinds[0]} models, and the student is a {kinds[1]} model. Leave it out, or "
+                    "name another --student."
+                )
 
 
 if __name__ == "__main__":

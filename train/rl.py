@@ -41,17 +41,27 @@ _DATA = (
 )
 _TRAINING = (
     *("method", "seed", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("beta", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "bf16"),
-    *("fp16", "gradient_checkpointing", "world_size"),
+    *("beta", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay"),
+    *("max_grad_norm", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha"),
+    *("bf16", "fp16", "gradient_checkpointing", "world_size"),
 )
 _OF_GROUPS = (
     ("rewards", "later_items", "backend"),
     (
-        *("num_generations", "num_iterations", "steps_per_generation", "epsilon", "epsilon_high", "loss_type"),
-        *("importance_sampling_level", "scale_rewards"),
+        *(
+            "num_generations",
+            "num_iterations",
+            "steps_per_generation",
+            "epsilon",
+            "epsilon_high",
+            "delta",
+            "loss_type",
+        ),
+        *("importance_sampling_level", "scale_rewards", "multi_objective_aggregation", "use_bias_correction_kl"),
+        *("top_entropy_quantile", "off_policy_mask_threshold", "entropy_coef", "shuffle_dataset"),
     ),
 )
-_OF_PREFERENCES = (("negatives", "negative_source"), ())
+_OF_PREFERENCES = (("negatives", "negative_source"), ("train_sampling_strategy",))
 
 
 def make_parser() -> "TrlParser":
@@ -103,7 +113,7 @@ def main(
         min_history=data.min_case_history,
         repeats=False,  # a search that leaves out what was seen never proposes them
     )
-    split, num_beams = start.split, data.num_beams or max(start.settings.num_beams, DEPTH)
+    split, num_beams = start.split, max(data.num_beams or start.settings.num_beams, DEPTH)
     watched = temporal_slice(split, data.eval_users, training.seed)
     lists = CaseLists(start.held, start.settings, "valid", watched.tolist(), num_beams)
     guard = RLGuard(

@@ -93,7 +93,7 @@ def main(arguments: ScoreArguments, names: ColumnArguments, splits: SplitArgumen
     if arguments.max_users and arguments.max_users < len(split.targets(arguments.part)):
         drawn = np.random.default_rng(arguments.seed).permutation(len(split.targets(arguments.part)))
         cases = np.sort(drawn[: arguments.max_users])
-    seeds = {"training": settings.training.get("trainer", {}).get("seed"), "users": arguments.seed}
+    seeds = settings.seeds | {"users": arguments.seed}
     num_beams = max(arguments.num_beams or settings.num_beams, max(arguments.ks))
     versions = {module.__name__: str(module.__version__) for module in (torch, transformers)}
     evaluations = []
@@ -120,9 +120,6 @@ def main(arguments: ScoreArguments, names: ColumnArguments, splits: SplitArgumen
         lists[:], _ = recommender.recommend_rows(rows, num_beams, num_beams=num_beams, progress=True, events=events)
         return [found[:k] for found in lists]
 
-    trained = {
-        name: value for name, value in settings.training.items() if name not in ("evaluations", "cost", "versions")
-    }
     facts = {
         "seeds": seeds,
         "cost": settings.training.get("cost", {}) | {"device": str(recommender.model.device)},
@@ -130,7 +127,7 @@ def main(arguments: ScoreArguments, names: ColumnArguments, splits: SplitArgumen
             "artefact": arguments.artefact,
             "revision": arguments.revision,
             "num_beams": num_beams,
-            "training": trained or {"catalog": recommender.catalog.version},
+            "training": settings.recipe or {"catalog": recommender.catalog.version},
         },
         "versions": versions,
     }

@@ -267,11 +267,12 @@ class IntoLanguage:
         kept = kept_layers(asked.keep_layers, depth, asked.num_hidden_layers)
         dtype = getattr(torch, asked.dtype)
         attention = attention_for(self.backbone, taught.config, self.compute_dtype)
-        taught.set_attn_implementation(attention)
         if kept is None:
             config = copy.deepcopy(with_layers(taught, list(range(asked.num_hidden_layers or depth))).config)
             return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
         made = with_layers(taught, kept).to(dtype).requires_grad_(True)
+        # The teacher keeps its own: it is read and tested in its own type, which flash attention may not compute in.
+        made.set_attn_implementation(attention)
         logger.info("the student begins with layers %s of the teacher's %d", ", ".join(map(str, kept)), depth)
         return made
 

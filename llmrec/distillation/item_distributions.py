@@ -90,19 +90,22 @@ class TableTeaching:
 
     def log_probabilities(self, begin: int, end: int, temperature: float, dtype: torch.dtype) -> Tensor:
         """See `Teaching.log_probabilities`; over all N items."""
-        rows, scores = self._rows[begin:end], self._scores[begin:end].double()
+        rows, scores = self._rows[begin:end], self._scores[begin:end].double() / temperature
         named = rows >= 0
-        found = torch.full((len(rows), len(self._live)), -torch.inf, dtype=torch.float64, device=rows.device)
+        scores = scores.masked_fill(~named, -torch.inf)
+        share = torch.full((len(rows), 1), -torch.inf, dtype=torch.float64, device=rows.device)  # of each other item
+        others = (self._live.sum() - named.sum(dim=1, keepdim=True)).double()
         if self._rest == "uniform":
-            left = (1 - scores.exp().masked_fill(~named, 0.0).sum(dim=1)).clamp(min=0.0)
-            others = (int(self._live.sum()) - named.sum(dim=1)).clamp(min=1)
-            share = (left / others).log()
-            found = torch.where(self._live, share[:, None], -torch.inf)
+            left = (1 - (scores * temperature).exp().sum(dim=1, keepdim=True)).clamp(min=0.0)
+            share = (left / others.clamp(min=1)).log() / temperature
+        # W + 1 numbers say what all N sum up to.
+        total = torch.cat([scores, share + others.clamp(min=0).log()], dim=1).logsumexp(dim=1, keepdim=True)
         # What stands behind the end of a shorter list goes to a column behind the items.
-        found = torch.cat([found, found[:, :1]], dim=1)
-        found.scatter_(1, rows.where(named, len(self._live)), scores)
-        found = found[:, :-1]
-        return (found / temperature).log_softmax(dim=1).to(dtype)
+        found = torch.empty((len(rows), len(self._live) + 1), dtype=dtype, device=rows.device)
+        found[:] = (share - total).to(dtype)
+        found[:, :-1].masked_fill_(~self._live, -torch.inf)
+        found.scatter_(1, rows.where(named, len(self._live)), (scores - total).to(dtype))
+        return found[:, :-1]
 
 
 def training_places(split: "Split", most: int = 0, seed: int = 0) -> Numbers:

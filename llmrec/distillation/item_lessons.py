@@ -107,7 +107,10 @@ class _Soft:
             direction=self.direction,
         )
         rest = hard(queries, counts.where(~taught, (1 - self.alpha) * counts))
-        return rest + self.alpha * soft, {"kl": soft}
+        parts = {"kl": soft}
+        if self._taught is not None:
+            parts["taught"] = taught.sum()  # logged as the share of the labels that the mean of kl is made of
+        return rest + self.alpha * soft, parts
 
 
 class TeacherLesson(_Soft):

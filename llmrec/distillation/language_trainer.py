@@ -59,7 +59,7 @@ class DistillationTrainer(GenerativeTrainer):
         self._taught: TaughtHeadLoss | None = None
         if lesson is not None:
             tokens = semantic_ids if loss_vocabulary == "semantic_ids" else None
-            self._taught = TaughtHeadLoss(model, tokens, lesson)
+            self._taught = TaughtHeadLoss(model, tokens, lesson, self.accelerator.autocast)
             self._head_loss = self._taught
         if paired:
             assert isinstance(self.data_collator, Collator)

@@ -12,7 +12,7 @@ trained that is not served. The sums are divided by M by whoever trains.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -58,15 +58,22 @@ class Lesson(Protocol):
 class TaughtHeadLoss(HeadLoss):
     """The loss of a student at its labelled places: while it is trained its lesson's, else cross-entropy alone."""
 
-    def __init__(self, model: "PreTrainedModel", token_ids: Sequence[int] | None, lesson: Lesson) -> None:
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        token_ids: Sequence[int] | None,
+        lesson: Lesson,
+        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         """
         Args:
             model: the student.
             token_ids: what the softmax of the cross-entropy is over; None: the whole vocabulary.
             lesson: of the teacher.
+            precision: makes a context in which the teacher reads as the student does, such as autocast's.
         """
         super().__init__(model, token_ids)
-        self._lesson = lesson
+        self._lesson, self._precision = lesson, precision
         self._teaching = False
         self._sums: dict[str, Tensor] = {}
         self._places = 0
@@ -78,7 +85,8 @@ class TaughtHeadLoss(HeadLoss):
             return super().__call__(wrapped, own, labels)
         other = {name.removeprefix("teacher_"): value for name, value in inputs.items() if name not in own}
         its_labels = other.pop("labels", labels)
-        self._lesson.prepare(other or own, its_labels)
+        with self._precision():
+            self._lesson.prepare(other or own, its_labels)
         self._teaching = True
         try:
             with self._lesson.watching():

@@ -53,7 +53,8 @@ class SequenceDistillationTrainer(SequenceTrainer):
         read = {name: value for name, value in inputs.items() if name != "asked"}
         if self.lesson is None:
             return super().compute_loss(model, read, return_outputs, num_items_in_batch)
-        self.lesson.prepare(inputs)
+        with self.accelerator.autocast():  # the teacher reads as the student does
+            self.lesson.prepare(inputs)
         with self.lesson.watching():
             return super().compute_loss(model, read, return_outputs, num_items_in_batch)
 

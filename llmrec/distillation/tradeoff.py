@@ -44,7 +44,7 @@ def find_trained(folders: Sequence[str | Path]) -> list[Trained]:
 
     Raises:
         DataError: if a folder has no metrics.json, no artefact, several of which none is named, or no evaluation of
-            it, or evaluations are of different splits or parts.
+            it, or evaluations are of different splits or parts, or of more cases than others.
     """
     found: list[Trained] = []
     for given in folders:
@@ -71,6 +71,13 @@ def find_trained(folders: Sequence[str | Path]) -> list[Trained]:
                     f"{str(other.document.get(key))[:12]}: their quality does not belong in one plot. Evaluate both "
                     "alike."
                 )
+        # A sample of the cases is not as hard as all of them: a front of both would be of nothing.
+        counts = [one.document.get("cases") for one in (first, other)]
+        if counts[0] != counts[1]:
+            raise DataError(
+                f"{first.run} was evaluated on {counts[0]} cases, {other.run} on {counts[1]}: their quality does not "
+                "belong in one plot. Evaluate both on the same (--test_users)."
+            )
     names = [one.name for one in found]
     return [
         one

@@ -33,9 +33,9 @@ def compare(
 
     All numbers are made anew from the places of the targets, for the headline cases, with ties in expectation. Runs of
     one system whose settings are equal and whose seeds differ become one row: a case's value is its mean over seeds.
-    Runs that equal another one rank for rank are shown once. Intervals and tests resample users whole: they hold the
-    chance of who was sampled. A test between systems of one seed each is about these two trained models, not about
-    two methods.
+    Runs that equal another one rank for rank, and do not name another seed, are shown once. Intervals and tests
+    resample users whole: they hold the chance of who was sampled. A test between systems of one seed each is about
+    these two trained models, not about two methods.
 
     Args:
         folders: run folders, each with evaluation/NAME.json and evaluation/NAME.parquet.

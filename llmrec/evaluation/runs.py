@@ -35,8 +35,13 @@ class Run:
         known = {name: seed for name, seed in named.items() if name not in _OTHER_SEEDS and seed is not None}
         return json.dumps(known, sort_keys=True) if known else ""
 
-    def same_ranks(self, other: "Run") -> bool:
-        """Whether every target stands at the same place in both."""
+    def repeats(self, other: "Run") -> bool:
+        """Whether it is the same evaluation again: every target at the same place, and no seed that says otherwise.
+
+        Models of two seeds are two, also where they rank alike: both may have kept what they began with.
+        """
+        if self.seeds and other.seeds and self.seeds != other.seeds:
+            return False
         mine, theirs = self.evaluation.ranks, other.evaluation.ranks
         return np.array_equal(mine.better, theirs.better) and np.array_equal(mine.ties, theirs.ties)
 
@@ -124,7 +129,7 @@ def merged(runs: Sequence[Run]) -> tuple[list[Entry], list[str]]:
     for run in runs:
         distinct = by_system.setdefault(run.evaluation.system, [])
         for entry in distinct:
-            if entry.runs[0].same_ranks(run):
+            if run.repeats(entry.runs[0]):
                 entry.folders.append(run.folder)
                 notes.append(
                     f"{run.evaluation.system} was found in {entry.runs[0].folder} and in {run.folder} with equal "

@@ -43,6 +43,8 @@ def step_divergence(
 class _StepDivergence(torch.autograd.Function):
     """With l_k = log ŷ⁽ᵏ⁾ and A_i = Σ_{j>i} (l_i - l_j), a token's sum is Σ_i ŷ⁽ⁱ⁾ · A_i. Its slope by the scores of
     step i is ŷ⁽ⁱ⁾ (A_i - ŷ⁽ⁱ⁾ · A_i) from the pairs in which i comes first, and Σ_{j<i} (ŷ⁽ⁱ⁾ - ŷ⁽ʲ⁾) from the rest.
+
+    Step by step and in place: what this costs is how often the scores are gone through, not the products.
     """
 
     @staticmethod
@@ -51,25 +53,30 @@ class _StepDivergence(torch.autograd.Function):
         sums = torch.zeros_like(weights)
         for_queries = torch.zeros_like(queries) if learning and ctx.needs_input_grad[0] else None
         for_table = torch.zeros_like(table, dtype=exact) if learning and ctx.needs_input_grad[1] else None
-        order = torch.arange(steps, device=queries.device)[:, None]
-        for begin in range(0, len(queries), chunk):
+        for begin in range(0, len(queries) if steps > 1 else 0, chunk):
             part = slice(begin, begin + chunk)
-            states = queries[part]
-            logs = (states @ table.T).to(exact).log_softmax(dim=2)  # (chunk, K + 1, N)
-            shares = logs.exp()
-            later = logs.flip(1).cumsum(dim=1).flip(1) - logs  # Σ_{j>i} l_j
-            ahead = (steps - 1 - order) * logs - later
-            found = (shares * ahead).sum(dim=2, keepdim=True)
-            sums[part] = found.sum(dim=(1, 2))
+            states, counts = queries[part], weights[part, None]
+            logs = [(states[:, step] @ table.T).to(exact).log_softmax(dim=1) for step in range(steps)]
+            shares = [own.exp() for own in logs]
+            later = torch.zeros_like(logs[0])  # Σ_{j>i} l_j
+            means = []  # of the steps from the last to the first: (chunk, 1) ŷ⁽ⁱ⁾ · A_i
+            for step in reversed(range(steps)):
+                own = logs[step]
+                ahead = logs[step] = (steps - 1 - step) * own - later  # A_i
+                later += own
+                means.append((shares[step][:, None] @ ahead[..., None])[:, 0])
+            sums[part] = torch.cat(means, dim=1).sum(dim=1)
             if for_queries is None and for_table is None:
                 continue
-            earlier = shares.cumsum(dim=1) - shares  # Σ_{j<i} ŷ⁽ʲ⁾
-            slopes = shares * (ahead - found) + order * shares - earlier
-            slopes = slopes.mul_(weights[part, None, None]).to(table.dtype)
-            if for_queries is not None:
-                for_queries[part] = slopes @ table
-            if for_table is not None:
-                for_table += slopes.flatten(0, 1).T @ states.flatten(0, 1)
+            earlier = torch.zeros_like(later)  # Σ_{j<i} ŷ⁽ʲ⁾
+            for step, (slopes, share, mean) in enumerate(zip(logs, shares, reversed(means), strict=True)):
+                slopes.add_(step - mean).mul_(share).sub_(earlier)
+                earlier += share
+                found = slopes.to(table.dtype)
+                if for_queries is not None:
+                    for_queries[part, step] = (found @ table) * counts
+                if for_table is not None:
+                    for_table += found.T @ (states[:, step] * counts).to(table.dtype)
         ctx.save_for_backward(for_queries, None if for_table is None else for_table.to(table.dtype))
         return (sums * weights).sum()
 

@@ -6,6 +6,7 @@ and its target cost; here is what is asked of which step. Knows neither encoders
 Shapes: T labelled places, K steps behind r_0, D width.
 """
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -39,6 +40,32 @@ class StepQueries(NamedTuple):
     noised: Tensor | None
     keys: Tensor
     labels: Tensor | None
+
+
+class MadeOnce:
+    """The items of one batch, whose table is made once for all steps: of texts it costs as much as a softmax over it.
+
+    Gradients of all that was made of it meet in the one table.
+    """
+
+    def __init__(self, items: ItemVectors) -> None:
+        self._items = items
+        self._table: Tensor | None = None
+
+    @property
+    def num_items(self) -> int:
+        """N."""
+        return self._items.num_items
+
+    def table(self) -> Tensor:
+        """See `ItemVectors.table`."""
+        if self._table is None:
+            self._table = self._items.table()
+        return self._table
+
+    def vectors(self, rows: Tensor) -> Tensor:
+        """See `ItemVectors.vectors`."""
+        return self._items.vectors(rows)
 
 
 class ReasoningLoss(ItemLoss):
@@ -98,6 +125,7 @@ class EnsembleLoss(ReasoningLoss):
         self, queries: StepQueries, targets: Tensor, items: ItemVectors, weights: Tensor | None = None
     ) -> Tensor:
         """See `ReasoningLoss.of_steps`."""
+        items = MadeOnce(items)
         found: Tensor = self.loss(queries.served, targets, items, weights)
         if not self.diversity:
             return found
@@ -119,13 +147,15 @@ class ProgressiveLoss(ReasoningLoss):
     τ is the model's own temperature. The contrast is Σ_{k=1…K} of InfoNCE: the noised state r̃_k of a place is to find
     the clean r_k of the same place among those of all labelled places of the batch, whatever their targets are,
     compared as queries are with items (the model's similarity and τ). It depends on the batch: smaller batches have
-    fewer others.
+    fewer others. A batch of more than `among` labelled places is cut into equal groups of at most so many, lest the
+    contrast, whose cost is the square of their number, takes longer than the softmax over the items.
 
     Args:
         loss: the wrapped one; of BCE, logits are divided by α^(K-k) too.
         sharpening: α; above 1, early steps are asked to be less sure.
         noise: γ.
         contrast: what the contrast counts; 0: there is none, and nothing is noised.
+        among: the most places that are contrasted with each other; by default ReaRec's batch, of one place each.
 
     Raises:
         BackboneError: for numbers that make no sense.
@@ -138,6 +168,7 @@ class ProgressiveLoss(ReasoningLoss):
         noise: float = 0.01,
         contrast: float = 0.1,
         chunk_scores: int = CHUNK_SCORES,
+        among: int = 2048,
     ) -> None:
         super().__init__(loss)
         if not 0 < sharpening < float("inf") or not 0 <= noise < float("inf") or contrast < 0:
@@ -147,13 +178,17 @@ class ProgressiveLoss(ReasoningLoss):
             )
         if contrast and not noise:
             raise BackboneError("PRL contrasts noised thoughts, and the noise is 0. Give some, or the contrast 0.")
+        if among < 1:
+            raise BackboneError(f"PRL contrasts groups of {among} places. Give 1 or more.")
         self.sharpening, self.contrast, self.chunk_scores = sharpening, contrast, chunk_scores
+        self.among = among
         self.noise = noise if contrast else 0.0
 
     def of_steps(
         self, queries: StepQueries, targets: Tensor, items: ItemVectors, weights: Tensor | None = None
     ) -> Tensor:
         """See `ReasoningLoss.of_steps`."""
+        items = MadeOnce(items)
         last = queries.steps.shape[1] - 1
         found: Tensor = queries.steps.new_zeros(())
         for step in range(last + 1):
@@ -163,12 +198,20 @@ class ProgressiveLoss(ReasoningLoss):
             return found
         if not len(targets):
             return found + 0 * queries.noised.sum()
-        own = torch.arange(len(targets), device=targets.device)
-        for step in range(last):
-            found = found + self.contrast * full_softmax_loss(
-                queries.noised[:, step], own, queries.keys[:, step], weights, self.chunk_scores
-            )
+        for group in self._groups(len(targets)):
+            own = torch.arange(group.stop - group.start, device=targets.device)
+            some = None if weights is None else weights[group]
+            for step in range(last):
+                found = found + self.contrast * full_softmax_loss(
+                    queries.noised[group, step], own, queries.keys[group, step], some, self.chunk_scores
+                )
         return found
+
+    def _groups(self, count: int) -> list[slice]:
+        """The places, in as few groups of neighbours as there can be, all of a size or one apart."""
+        groups = -(-count // self.among)
+        bounds = [group * count // groups for group in range(groups + 1)]
+        return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 
 class TaskLoss(ReasoningLoss):
@@ -199,6 +242,7 @@ class TaskLoss(ReasoningLoss):
         steps = queries.steps.shape[1] - 1
         if self.tasks and len(self.tasks) != steps:
             raise BackboneError(f"There are {len(self.tasks)} tasks for {steps} steps. Give one for each.")
+        items = MadeOnce(items)
         found: Tensor = 0 * queries.steps[:, 0].sum()
         for step in range(steps):
             labels = targets if queries.labels is None else queries.labels[:, step]

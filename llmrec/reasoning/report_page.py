@@ -93,9 +93,10 @@ def _plot(found: Page, report: Mapping[str, Any]) -> None:
     steps = [row["step"] for row in report["by_step"]]
     values = [row[PRIMARY] for row in report["by_step"]]
     bounds = [row[f"{PRIMARY} interval95"] for row in report["by_step"]]
+    # Percentile intervals of few users need not hold the mean itself.
     reach = [
-        [value - low for value, (low, _) in zip(values, bounds, strict=True)],
-        [high - value for value, (_, high) in zip(values, bounds, strict=True)],
+        [max(0.0, value - low) for value, (low, _) in zip(values, bounds, strict=True)],
+        [max(0.0, high - value) for value, (_, high) in zip(values, bounds, strict=True)],
     ]
     axes.errorbar(steps, values, reach, fmt="o-", color=_QUALITY, capsize=3, label=PRIMARY)
     axes.axhline(report["oracle"][PRIMARY], color=_CEILING, linestyle="--", label="oracle step (a ceiling)")

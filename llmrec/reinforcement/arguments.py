@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from llmrec.exceptions import DataError, RecipeError
-from llmrec.flags import check_ranges
+from llmrec.flags import check_ranges, check_read
 from llmrec.reinforcement.rewards import parse_weights
 from llmrec.reinforcement.trade_off import GuardLimits
 from llmrec.reinforcement.versions import without_trl_notices
@@ -28,6 +28,28 @@ METHODS = {
     "sdpo": "S-DPO",
 }
 PREFERENCES = ("dpo", "sdpo")
+# What TRL reads where it generates by itself, or weighs rewards by a list. Nothing reads it here, so nobody shall
+# think that it did something.
+_UNREAD = {
+    "reward_weights": "Say --rewards exact=1 rank=0.5",
+    "max_completion_length": "An item is as long as the catalog has it",
+    "top_p": "Groups are found by --rollouts",
+    "top_k": "Groups are found by --rollouts",
+    "min_p": "Groups are found by --rollouts",
+    "repetition_penalty": "Groups are found by --rollouts",
+    "generation_kwargs": "Groups are found by --rollouts",
+    "cache_implementation": "Groups are found by --rollouts",
+    "use_transformers_continuous_batching": "Groups are found by --rollouts",
+    "use_transformers_paged": "Groups are found by --rollouts",
+    "chat_template_kwargs": "Prompts are the artefact's",
+    "model_init_kwargs": "Say --dtype and --attn_implementation",
+    "num_generations_eval": "The guard evaluates",
+}
+# What a loss of groups reads, and none of preferences.
+_OF_GROUPS = (
+    *("num_iterations", "epsilon", "epsilon_high", "delta", "loss_type", "importance_sampling_level", "scale_rewards"),
+    *("multi_objective_aggregation", "top_entropy_quantile", "off_policy_mask_threshold", "entropy_coef"),
+)
 # MiniOneRec's weight of the KL; DPO's usual beta, and that of S-DPO's paper.
 _BETA = {"grpo": 0.001, "dr_grpo": 0.001, "gspo": 0.001, "dpo": 0.1, "sdpo": 1.0}
 
@@ -82,7 +104,9 @@ class RLArguments:
         default=-1,
         metadata={"help": "Test cases ranked before and after, the same in every training; -1: all, 0: none."},
     )
-    num_beams: int | None = field(default=None, metadata={"help": "Beams of these; default: the artefact's, or 50."})
+    num_beams: int | None = field(
+        default=None, metadata={"help": "Beams of these, at least 50; default: the artefact's."}
+    )
     system: str = field(default="rl", metadata={"help": "The result's name in a comparison."})
     start_system: str = field(default="sft", metadata={"help": "The name there of what it began with."})
     adapter: Literal["none", "lora", "dora", "rslora"] = field(
@@ -145,7 +169,15 @@ class RLArguments:
             if method == "dpo" and self.negatives not in (1, type(self).negatives):
                 raise RecipeError(f"DPO has one negative, and {self.negatives} are asked for. Say --method sdpo.")
             return
+        defaults = {name: one.default for name, one in type(self).__dataclass_fields__.items()}
+        readers = dict.fromkeys(("negatives", "negative_source"), ("--method", PREFERENCES))
+        check_read(flags, defaults, readers, {"--method": method})
         weights = parse_weights(self.rewards)
+        if "later" not in weights and self.later_items != type(self).later_items:
+            raise RecipeError(
+                f"later_items is {self.later_items}, and no reward 'later' reads it. Add later to --rewards, or leave "
+                "it out."
+            )
         for name, source in (("semantic", self.embeddings), ("collaborative", self.collaborative)):
             flag = "embeddings" if name == "semantic" else name
             if name in weights and source is None:
@@ -243,6 +275,17 @@ class RLTrainingArguments(StageArguments, GRPOConfig):
                 f"eval_strategy is {self.eval_strategy}, and the guard evaluates. Leave it out; --guard_steps says "
                 "how often."
             )
+        if self.save_strategy == "best":
+            raise RecipeError(
+                "save_strategy is best, and which checkpoint is the best, and kept, is the guard's business. Leave it "
+                "out; --save_steps says how often others are saved."
+            )
+        if self.use_liger_kernel:
+            raise RecipeError(
+                "use_liger_kernel is true, and was not tried with items' log-probabilities; TRL is about to drop it. "
+                "Leave it out."
+            )
+        self._check_read()
         if self.load_best_model_at_end or self.restore_callback_states_from_checkpoint or self.early_stopping:
             raise RecipeError(
                 "load_best_model_at_end, restore_callback_states_from_checkpoint and early_stopping are the guard's "
@@ -260,6 +303,15 @@ class RLTrainingArguments(StageArguments, GRPOConfig):
         super().__post_init__()
         if self.use_vllm:
             raise RecipeError("use_vllm is TRL's way to rollouts, which knows no catalog. Say --backend vllm.")
+
+    def _check_read(self) -> None:
+        """Raises RecipeError for a flag of TRL's that nothing would read."""
+        unread = dict(_UNREAD)
+        if self.method in PREFERENCES:
+            unread |= dict.fromkeys(_OF_GROUPS, "It belongs to --method grpo, dr_grpo or gspo")
+        for name, advice in unread.items():
+            if getattr(self, name) != GRPOConfig.__dataclass_fields__[name].default:
+                raise RecipeError(f"--{name} is {getattr(self, name)!r}, and nothing here reads it. {advice}.")
 
     def _apply_method(self) -> None:
         """Sets what the method is in TRL's words."""

@@ -288,12 +288,22 @@ def check_arguments(args: GRPOConfig, group_size: int, num_cases: int) -> None:
         ),
         "cast_lm_head_to_fp32": (args.cast_lm_head_to_fp32, "Log-probabilities are in float32 as it is"),
         "sync_ref_model": (args.sync_ref_model, "The reference is what training begins with, and stays it"),
+        "use_adaptive_entropy": (
+            args.use_adaptive_entropy,
+            "Its weight is in no checkpoint, so a resumed training would be another; give entropy_coef",
+        ),
         "eval_strategy": (args.eval_strategy != "no", "Rollouts do not evaluate: measure with a callback"),
         "num_generations": (args.num_generations != group_size, f"The rollouts propose {group_size} items"),
     }
     for name, (wrong, advice) in refused.items():
         if wrong:
             raise RecipeError(f"{name} is {getattr(args, name)!r}, which does not go with groups of items. {advice}.")
+    dealt = args.accelerator_config
+    if dealt.dispatch_batches or dealt.split_batches:
+        raise RecipeError(
+            "accelerator_config says dispatch_batches or split_batches, by which processes would be dealt parts of "
+            "groups. Leave both out."
+        )
     if args.importance_sampling_level == "sequence" and args.loss_type != "grpo":
         raise RecipeError(
             f"importance_sampling_level 'sequence' (GSPO) came with the loss_type {args.loss_type!r}, which counts an "

@@ -72,18 +72,18 @@ def write_result(
     if model is not None:
         extras = (before.item_tokenizer, before.templates)
         after = Recommender(model, held.tokenizer, held.catalog, held.prompt, start.settings, *extras)
+    seeds = start.settings.seeds
     facts: dict[str, Any] = {
-        "seeds": {"training": seed, "users": 0},
+        "seeds": seeds | {"further": [*seeds.get("further", []), seed], "users": 0},
         "cost": {**(cost or {}), "parameters": after.model.num_parameters()},
         "versions": dict(versions or {}),
     }
     first, second, found = None, None, None
     cases = test_cases(start.split, test_users)
     if len(cases):
-        own = start.settings.training
         old = {
-            "seeds": {"training": own.get("trainer", {}).get("seed"), "users": 0},
-            "cost": own.get("cost", {}),
+            "seeds": start.settings.seeds | {"users": 0},
+            "cost": start.settings.training.get("cost", {}),
             "versions": facts["versions"],
         }
         first = rank_test(before, start, start.name, cases, num_beams, old)
@@ -150,8 +150,6 @@ def rank_test(
 ) -> Evaluation:
     """Ranks test cases as they are served, 50 items deep."""
     lists = CaseLists(start.held, start.settings, "test", cases.tolist(), num_beams)
-    course_of_sft = ("evaluations", "cost", "versions")
-    trained = {name: value for name, value in start.settings.training.items() if name not in course_of_sft}
     return evaluate(
         system,
         start.split,
@@ -159,7 +157,7 @@ def rank_test(
         recommend=lambda histories, k: lists.of(recommender, range(len(histories)), k, progress=True),
         ks=KS,
         cases=cases,
-        facts={**facts, "settings": {"num_beams": num_beams, "training": trained}},
+        facts={**facts, "settings": {"num_beams": num_beams, "training": start.settings.recipe}},
     )
 
 

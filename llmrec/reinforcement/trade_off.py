@@ -50,7 +50,9 @@ class GuardLimits:
             if not 0.0 <= value <= most:
                 raise RecipeError(f"{name} is {value}, and it is a share. Give a number from 0 to 1.")
         if not self.max_kl > 0:
-            raise RecipeError(f"max_kl is {self.max_kl}. Give a number above 0, or .inf for no limit.")
+            raise RecipeError(
+                f"max_kl is {self.max_kl}. Give a number above 0, or inf (in a recipe .inf) for no limit."
+            )
         if self.patience < 0:
             raise RecipeError(f"patience is {self.patience}. Give 1 or more, or 0 for no end.")
 

@@ -111,6 +111,22 @@ def test_a_language_student_without_a_loss_left_ranks_as_its_teacher(tmp_path):
     assert before < 0.9 < 0.95 < after
 
 
+def test_the_teacher_reads_in_the_precision_of_the_student(tmp_path):
+    """A copy of the teacher has nothing to learn from it in bfloat16 either."""
+    once = {"bf16": True, "max_steps": 1, "logging_steps": 1, "gradient_checkpointing": False}
+    rows = token_rows(1, 24)
+    for ids in (RANGE, None):
+        teacher = language_model(layers=2, dtype=torch.float32)
+        student = copy.deepcopy(teacher)
+        lesson = LogitsLesson(HeadStates(teacher), ids, ids, alpha=0.5)
+        folder = tmp_path / f"language-{ids is None}"
+        DistillationTrainer(student, arguments(folder, **once), rows, rows, lesson=lesson).train()
+        assert [line["distillation/kl"] for line in logged(folder) if "distillation/kl" in line] == [0.0]
+    taught = sequence_model("sasrec", items=N, dtype=torch.float32)
+    sequence_trainer(tmp_path / "items", copy.deepcopy(taught), TeacherLesson(taught, 0.5, 1.0), **once).train()
+    assert [line["distillation/kl"] for line in logged(tmp_path / "items") if "distillation/kl" in line] == [0.0]
+
+
 def test_the_control_is_the_house_trainer_step_by_step(tmp_path):
     weights = []
     for name, kind in (("control", SequenceDistillationTrainer), ("house", SequenceTrainer)):

@@ -137,3 +137,25 @@ def test_a_uniform_rest_is_a_distribution_by_hand():
     got = table.at(torch.tensor([0]))[0].log_probabilities(0, 1, 1.0, torch.float64)[0]
     expected = [0.25, 0.0625, 0.5, 0.0625, 0.0625, 0.0625]
     assert [round(math.exp(value), 6) for value in got.tolist()] == expected
+
+
+@pytest.mark.parametrize("rest", ["uniform", "none"])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_short_lists_and_retired_items_at_any_temperature_are_the_definition(rest, temperature):
+    rng = np.random.default_rng(0)
+    live = np.array([True] * 6 + [False])
+    rows, scores = np.full((5, 6), -1), np.full((5, 6), -np.inf, np.float32)
+    p = np.zeros((5, 7))
+    for place, length in enumerate([1, 2, 3, 5, 6]):
+        rows[place, :length] = rng.permutation(6)[:length]
+        given = rng.dirichlet(np.ones(length)) * 0.9
+        scores[place, :length] = np.log(given)
+        if rest == "uniform":
+            p[place, :6] = 0.1 / max(1, 6 - length)
+        p[place, rows[place, :length]] = given
+    table = ItemDistributions(np.arange(5), rows, scores, live, rest)
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-5)):
+        got = table.at(torch.arange(5))[0].log_probabilities(0, 5, temperature, dtype)
+        assert got.dtype == dtype
+        expected = p ** (1 / temperature) / (p ** (1 / temperature)).sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(got.exp().numpy(), expected, atol=tolerance)

@@ -84,7 +84,8 @@ def test_a_table_teaches_where_it_has_something_to_say():
     table = ItemDistributions(known, rows, scores, np.ones(N, dtype=bool))
     student = sequence_model(layers=1, items=N)
     weights = torch.rand(batch["labels"].shape, dtype=torch.float64)
-    found, _ = taught(student, TableLesson(table, 0.25, 1.0), batch | {"weights": weights})
+    found, loss = taught(student, TableLesson(table, 0.25, 1.0), batch | {"weights": weights})
+    assert (int(loss.sums["taught"]), loss.places) == (int(np.isin(asked, known).sum()), len(asked))
     mine = queries_of(student, batch)
     logits = mine @ student.table().T
     expected = torch.zeros((), dtype=torch.float64)

@@ -110,6 +110,12 @@ def test_folders_that_are_no_finished_runs_are_refused(runs, tmp_path):
     save_run(tmp_path / "valid", sequence_recommender(), "a", 0.1, part="valid")
     with pytest.raises(DataError, match="evaluated on the part test"):
         find_trained([runs / "plain", tmp_path / "valid"])
+    sample, path = tmp_path / "sample", runs / "plain" / "evaluation" / "sasrec.json"
+    save_run(sample, sequence_recommender(), "a", 0.1)
+    document = json.loads(path.read_text(encoding="utf-8"))
+    write_json(sample / "evaluation" / "a.json", document | {"system": "a", "cases": 40})
+    with pytest.raises(DataError, match="on None cases"):
+        find_trained([runs / "plain", sample])
     (tmp_path / "other" / "evaluation" / "a.json").unlink()
     with pytest.raises(DataError, match="has no evaluation of a"):
         find_trained([tmp_path / "other"])

@@ -266,6 +266,20 @@ def test_the_same_evaluation_found_twice_is_shown_once(tmp_path: Path) -> None:
     assert len(compare([tmp_path / "a", tmp_path / "d"], resamples=20)["systems"]) == 2
 
 
+def test_seeds_that_rank_alike_are_all_counted(tmp_path: Path) -> None:
+    # Two trainings were undone, and have the ranks of what they began with; the third one was not.
+    for seed, draw in ((0, 1), (1, 1), (2, 2)):
+        save_run(tmp_path / str(seed), "rl", draw, quality=20.0 - 9 * draw, seeds={"training": seed})
+        save_run(tmp_path / str(seed), "sft", 1, quality=11.0, seeds={"training": 7})
+    found = by_name(compare([tmp_path / name for name in "012"], reference="sft", resamples=20))
+    assert len(found["sft"]["seeds"]) == 1
+    rl = found["rl"]["metrics"]["NDCG@10"]
+    before, *_ = found["sft"]["metrics"]["NDCG@10"]["by_seed"]
+    assert rl["by_seed"][:2] == pytest.approx([before, before])
+    assert rl["mean"] == pytest.approx((2 * before + rl["by_seed"][2]) / 3)
+    assert rl["difference"] == pytest.approx((rl["by_seed"][2] - before) / 3)
+
+
 def test_files_that_are_no_evaluation_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no evaluation/\*.json"):
         compare([tmp_path / "absent"])

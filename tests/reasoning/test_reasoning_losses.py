@@ -111,6 +111,44 @@ def test_progress_is_every_step_at_its_temperature_and_the_contrast(weighted: bo
     torch.testing.assert_close(plain.of_steps(queries._replace(noised=None), targets, items, given), without)
 
 
+def test_many_places_are_contrasted_in_equal_groups() -> None:
+    items = Items()
+    queries, targets, weights = asked(noised=True)
+    assert queries.noised is not None
+    given: Any = {"sharpening": 1.5, "noise": 0.04}
+    found = ProgressiveLoss(FullSoftmax(), **given, contrast=0.7, among=4).of_steps(queries, targets, items, weights)
+    expected = ProgressiveLoss(FullSoftmax(), **given, contrast=0.0).of_steps(
+        queries._replace(noised=None), targets, items, weights
+    )
+    for step, part in itertools.product(range(K), (slice(0, 3), slice(3, 6))):
+        scores = queries.noised[part, step] @ queries.keys[part, step].T
+        expected = expected + 0.7 * ((scores.logsumexp(dim=1) - scores.diagonal()) * weights[part]).sum()
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(BackboneError, match="groups of 0 places"):
+        ProgressiveLoss(FullSoftmax(), among=0)
+
+
+@pytest.mark.parametrize("kind", ["erl", "prl", "block"])
+def test_the_table_of_a_batch_is_made_once(kind: str) -> None:
+    loss = {
+        "erl": EnsembleLoss(FullSoftmax(), 0.1), "prl": ProgressiveLoss(FullSoftmax()),
+        "block": TaskLoss(FullSoftmax()),
+    }[kind]  # fmt: skip
+
+    class Counted(Items):
+        made = 0
+
+        def table(self) -> torch.Tensor:
+            self.made += 1
+            return super().table()
+
+    items = Counted()
+    queries, targets, weights = asked(noised=kind == "prl")
+    for batch in (1, 2):  # and anew for the next batch, whose weights are others
+        loss.of_steps(queries, targets, items, weights)
+        assert items.made == batch
+
+
 def test_bce_progresses_and_tasks_take_any_loss() -> None:
     items = Items()
     queries, targets, _ = asked()

@@ -157,6 +157,8 @@ def test_the_page_shows_tables_and_a_plot(latency: Any) -> None:
     assert [row[0] for row in rows] == ["0", "1", "2", "oracle"]
     assert all(len(row) == len(header) for row in rows)
     assert ("2.50 (× 2.40)" in rows[2]) == (latency is not None)
+    report["by_step"][1]["NDCG@10 interval95"] = [report["by_step"][1]["NDCG@10"] + 1e-12] * 2
+    page(report, "of few users, whose interval need not hold their mean").render()
     header, rows = slice_rows(report)
     assert header[:5] == ["slice", "cases", "0 steps", "1 steps", "2 steps"]
     assert [row[0] for row in rows if row[-1] == "over-thinking"] == ["long users (more than 8 items)"]

@@ -385,6 +385,7 @@ def test_what_does_not_go_with_groups_of_items_is_refused(tmp_path):
         "cast_lm_head_to_fp32": True,
         "use_vllm": True,
         "sync_ref_model": True,
+        "use_adaptive_entropy": True,
         "num_generations": 8,
     }.items():
         with pytest.raises(RecipeError, match=rf"{name} is .*does not go with groups of items"):
@@ -393,6 +394,9 @@ def test_what_does_not_go_with_groups_of_items_is_refused(tmp_path):
         check_arguments(arguments(tmp_path, eval_strategy="steps", eval_steps=1), 4, 100)
     with pytest.raises(RecipeError, match="GSPO"):
         check_arguments(arguments(tmp_path, loss_type="dr_grpo", importance_sampling_level="sequence"), 4, 100)
+    for name in ("dispatch_batches", "split_batches"):
+        with pytest.raises(RecipeError, match=name):
+            check_arguments(arguments(tmp_path, accelerator_config={name: True}), 4, 100)
     split = arguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3, generation_batch_size=12)
     split.steps_per_generation = 3
     with pytest.raises(RecipeError, match=r"6 places at once.*no whole groups of 4"):

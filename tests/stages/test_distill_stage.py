@@ -220,6 +220,9 @@ def test_a_sequence_model_teaches_a_smaller_one(stage, data, sequence_teacher, t
         (["--alpha", "0"], RecipeError, "--method cross_entropy"),
         (["--student", "sasrec", "--direction", "reverse"], RecipeError, "most probable items alone"),
         (["--student", "no_such_model"], BackboneError, "no_such_model"),
+        (["--loss", "bce"], RecipeError, "--loss is for sequence models"),
+        (["--windows", "last"], RecipeError, "--windows is for sequence models"),
+        (["--student", "sasrec", "--softmax_range", "vocabulary"], RecipeError, "--softmax_range is for language"),
     ],
     ids=lambda value: "" if isinstance(value, type) else "-".join(value)[:40] if isinstance(value, list) else "said",
 )

@@ -135,6 +135,22 @@ def test_the_outcome_is_that_of_the_saved_evaluations(learnt, data):
     assert before[1]["settings"]["training"]["trainer"]["max_steps"] == 50
 
 
+def test_scored_anew_both_have_the_same_figures(learnt, start, data, tmp_path):
+    folder, metrics = learnt
+    score = stage_of("score")
+    for side, artefact in (("before", start), ("after", folder / "artefact")):
+        out = tmp_path / side / "score.json"
+        flags = ["--artefact", str(artefact), "--interactions", str(data / "log.csv"), "--out", str(out)]
+        score.main(*parse(score.make_parser(), [*flags, "--ks", "1", "5", "10", "20", "50"]))
+        found = json.loads(out.read_text())["systems"]["llmrec"]
+        numbers = {name for name, value in metrics[side].items() if isinstance(value, float)}
+        assert {"HR@50", "NDCG@10", "coverage@10"} <= numbers
+        assert {name: found[name] for name in numbers} == {name: metrics[side][name] for name in numbers}
+        assert found["seeds"] == metrics[side]["seeds"]
+    assert metrics["before"]["seeds"] == {"training": 0, "users": 0}
+    assert metrics["after"]["seeds"] == {"training": 0, "further": [0], "users": 0}
+
+
 def test_the_course_is_written_down(learnt):
     folder, metrics = learnt
     (first, *_, last) = metrics["course"]
@@ -258,9 +274,16 @@ def test_a_signal_stops_it_between_steps_and_it_goes_on(stage, data, start, tmp_
     assert not (tmp_path / "artefact").exists()
     metrics = train(stage, data, start, tmp_path, *GRPO)
     assert [one["step"] for one in metrics["guard"]["evaluations"]] == [0, 2, 4, 6, 8]
-    # Another reward is another run, which begins anew.
+    # Another reward is another run, which begins anew, and so are rewards that are joined otherwise.
     other = train(stage, data, start, tmp_path, *GRPO, "--rewards", "exact")
     assert other["training"]["data"]["rewards"] == ["exact"]
+    ended = other["course"]
+    joined = [*GRPO, "--multi_objective_aggregation", "normalize_then_sum", "--adam_beta2", "0.95"]
+    other = train(stage, data, start, tmp_path, *joined)
+    assert other["training"]["trainer"]["multi_objective_aggregation"] == "normalize_then_sum"
+    assert other["training"]["trainer"]["adam_beta2"] == 0.95
+    assert other["cost"]["fit_seconds"] > 0
+    assert other["course"] != ended
 
 
 @pytest.mark.parametrize(
@@ -306,6 +329,12 @@ def test_the_kin_of_grpo_by_an_adapter_that_is_merged(stage, data, start, tmp_pa
     # What was merged ranks as the guard saw the adapter rank, on the slice.
     best = next(one for one in metrics["guard"]["evaluations"] if one["step"] == metrics["guard"]["best_step"])
     assert best["metrics"]["NDCG@10"]["policy"] > best["metrics"]["NDCG@10"]["sft"]
+
+
+def test_beams_are_counted_as_they_were(stage, data, start, tmp_path):
+    # Lists of 50 items need 50 beams, whatever was asked for.
+    metrics = train(stage, data, start, tmp_path, "--num_beams", "10", "--max_steps", "1", "--test_users", "3")
+    assert metrics["before"]["settings"]["num_beams"] == metrics["training"]["data"]["num_beams"] == 50
 
 
 def test_without_a_test_nothing_is_claimed(stage, data, start, tmp_path):
@@ -393,6 +422,16 @@ def strange(data, start, tmp_path_factory):
         (["--rollouts", "sampled", "--rollout_temperature", "0"], "rollout_temperature is 0"),
         (["--loss_type", "dr_grpo"], "--method grpo"),
         (["--use_vllm", "true"], "Say --backend vllm"),
+        (["--reward_weights", "1", "0.5"], "--reward_weights is [1.0, 0.5], and nothing here reads it. Say --rewards"),
+        (["--top_p", "0.9"], "--top_p is 0.9, and nothing here reads it"),
+        (["--method", "sdpo", "--max_completion_length", "8"], "--max_completion_length is 8, and nothing"),
+        (["--method", "sdpo", "--epsilon", "0.3"], "--epsilon is 0.3, and nothing here reads it. It belongs to"),
+        (["--negatives", "7"], "--negatives 7 belongs to --method dpo or sdpo"),
+        (["--negative_source", "uniform"], "--negative-source uniform belongs to --method dpo or sdpo"),
+        (["--later_items", "5"], "no reward 'later' reads it"),
+        (["--use_liger_kernel", "true"], "use_liger_kernel is true"),
+        (["--use_adaptive_entropy", "true"], "Its weight is in no checkpoint"),
+        (["--save_strategy", "best"], "the guard's business"),
         (["--method", "sdpo", "--backend", "vllm"], "makes no rollouts while it trains"),
         (["--method", "dpo", "--negatives", "4"], "Say --method sdpo"),
         (["--method", "sdpo", "--negatives", "58"], "items to propose"),

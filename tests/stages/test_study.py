@@ -85,7 +85,7 @@ def test_hstu_is_as_published(checkout):
     ("name", "count", "curve"),
     [
         *(("rq1", 48, "num_hidden_layers"), ("rq2", 39, None), ("debug", 4, "num_hidden_layers")),
-        *(("ml1m", 12, None), ("beauty", 9, None), ("reasoning", 36, "reasoning_steps")),
+        *(("ml1m", 12, None), ("beauty", 9, None), ("reasoning", 30, None)),
     ],
 )
 def test_the_study_s_recipe_is_a_plan_of_models(script, name, count, curve):
