@@ -1,6 +1,7 @@
 """ConstrainedGRPOTrainer: TRL's GRPO on groups of catalog items."""
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from llmrec.exceptions import RecipeError
-from llmrec.reinforcement.policy import token_logprobs
+from llmrec.reinforcement.item_logprobs import ItemLogProbs
+from llmrec.reinforcement.policy import shared_logprobs, token_logprobs
 from llmrec.reinforcement.rollouts import Rollouts, evaluating
 from llmrec.reinforcement.versions import check_trl, without_trl_notices
 from llmrec.training.checkpoints import WholeCheckpoints
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llmrec.reinforcement.rewards import NamedReward
+
+logger = logging.getLogger(__name__)
 
 # What of TRL's log says nothing of items, which end where they end, and not with a token for it.
 _OF_TEXT = (
@@ -51,6 +55,7 @@ class ConstrainedGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     What is another than in TRL's GRPOTrainer:
 
     * A case's prompt are its token ids, as served. What TRL knows as a prompt is the case's place, as a string.
+    * A prompt is run once for all items of a batch that were proposed behind it, where the attention allows it.
     * Log-probabilities and entropies are over the policy's own softmax (`Settings.softmax`), at the positions that
       decoding uses.
     * Nothing cuts or drops an item: it has no end-of-text token, and no limit of length but the catalog's.
@@ -130,6 +135,8 @@ class ConstrainedGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             patched.__dict__.pop("forward", None)
         else:
             patched.forward = forward
+        self._items = ItemLogProbs(model, rollouts.catalog, rollouts.softmax)
+        logger.info("proposals are scored by %s: %s", self._items.layout, self._items.reason)
         vocabulary = rollouts.catalog.softmax_tokens(rollouts.softmax)
         self._vocabulary = None if vocabulary is None else torch.from_numpy(vocabulary).to(self.args.device)
         if self.is_fsdp_enabled or self._dist.is_zero3:
@@ -197,14 +204,16 @@ class ConstrainedGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """TRL's, over the policy's own softmax; what follows the arguments is of images, of which there are none."""
         size = batch_size or len(input_ids)
-        more = {"output_router_logits": True} if compute_aux_loss else {}
+        more: dict[str, Any] = {"output_router_logits": True} if compute_aux_loss else {}
         found = []
         for begin in range(0, len(input_ids), size):
             tokens, mask = input_ids[begin : begin + size], attention_mask[begin : begin + size]
+            how = (logits_to_keep, self._vocabulary, self._entropy_bonus_enabled)
             with self.accelerator.autocast():
-                logprobs, entropies, output = token_logprobs(
-                    model, tokens, mask, logits_to_keep, self._vocabulary, self._entropy_bonus_enabled, **more
-                )
+                if self._items.layout == "branches" and not compute_aux_loss:
+                    found.append((*shared_logprobs(self._items, model, tokens, mask, *how), None))
+                    continue
+                logprobs, entropies, output = token_logprobs(model, tokens, mask, *how, **more)
             found.append((logprobs, entropies, output.aux_loss if compute_aux_loss else None))
         all_logprobs, all_entropies, losses = zip(*found, strict=True)
         return (

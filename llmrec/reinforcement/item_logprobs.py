@@ -78,8 +78,15 @@ class ItemLogProbs:
             wrapped: the model as it is called: itself, or what it was prepared to.
             batch: of `batch`, on the model's device.
         """
-        logits = self._branches(wrapped, batch) if self.layout == "branches" else self._repeated(wrapped, batch)
-        return _gathered(logits, batch["answers"], self._range)
+        return _gathered(self.logits(wrapped, batch), batch["answers"], self._range)
+
+    def logits(self, wrapped: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What each token is chosen by: the logits of the first tokens, and (B, J, A - 1, V) those of the others.
+
+        The former are (B, J, 1, V), or (B, 1, 1, V) of branches, whose items all begin behind one prompt. Arguments as
+        `__call__`'s.
+        """
+        return self._branches(wrapped, batch) if self.layout == "branches" else self._repeated(wrapped, batch)
 
     def _repeated(self, wrapped: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The logits (B, J, 1, V) of each item's first token, and (B, J, A - 1, V) of the others."""

@@ -3,7 +3,8 @@ import torch
 from tiny_rollouts import cases_of, policy, title_policy
 
 from llmrec.decoding import pad_left
-from llmrec.reinforcement.policy import token_logprobs
+from llmrec.reinforcement.item_logprobs import ItemLogProbs
+from llmrec.reinforcement.policy import shared_logprobs, token_logprobs
 from llmrec.reinforcement.rollouts import TransformersRollouts
 
 MAKERS = {
@@ -65,6 +66,55 @@ def test_log_probabilities_and_entropies_are_those_of_each_line_alone(name):
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_prompt_that_is_run_once_for_all_of_its_lines_changes_nothing(name):
+    recommender = MAKERS[name]()
+    model, catalog = recommender.model.double(), recommender.catalog
+    cases = cases_of(recommender, 3, longest=6)
+    softmax = recommender.settings.softmax
+    # Lines of a prompt lie apart, one has more of them than another, and one item comes twice.
+    owners, rows = [2, 0, 2, 1, 0, 2, 2], [3, 11, 0, 7, 20, 5, 3]
+    proposed = [catalog.tokens_of(row) for row in rows]
+    tokens, mask, longest = batch_of([cases.prompts[one] for one in owners], proposed, pad=2)
+    vocabulary = catalog.softmax_tokens(softmax)
+    chosen = None if vocabulary is None else torch.from_numpy(vocabulary)
+    items = ItemLogProbs(model, catalog, softmax)
+    assert items.layout == "branches"
+    found, entropies = shared_logprobs(items, model, tokens, mask, longest, chosen, entropy_gradient=True)
+    wanted, wanted_entropies, _ = token_logprobs(model, tokens, mask, longest, chosen, entropy_gradient=True)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+    torch.testing.assert_close(entropies, wanted_entropies, rtol=0, atol=1e-9)
+    for one, other in ((found, wanted), (entropies, wanted_entropies)):
+        weights = torch.arange(one.numel(), dtype=torch.float64).view_as(one)
+        parameters = list(model.parameters())
+        gradients = [
+            torch.autograd.grad((weights * given).sum(), parameters, retain_graph=True, allow_unused=True)
+            for given in (one, other)
+        ]
+        for mine, theirs in zip(*gradients, strict=True):
+            assert (mine is None) == (theirs is None)
+            if mine is not None:
+                # Llama's norms compute in float32, whose gradients are rounded.
+                torch.testing.assert_close(mine, theirs, rtol=0, atol=max(1e-9, 1e-4 * float(theirs.abs().max())))
+    assert not shared_logprobs(items, model, tokens, mask, longest, chosen)[1].requires_grad
+
+
+def test_each_prompt_is_run_once(monkeypatch):
+    recommender = policy()
+    cases = cases_of(recommender, 3, longest=6)
+    proposed = [recommender.catalog.tokens_of(row) for row in range(12)]
+    tokens, mask, longest = batch_of([cases.prompts[one % 3] for one in range(12)], proposed)
+    items, seen = ItemLogProbs(recommender.model, recommender.catalog), []
+
+    def model(**inputs):
+        seen.append(inputs["input_ids"].shape)
+        return recommender.model(**inputs)
+
+    monkeypatch.setattr(model, "parameters", recommender.model.parameters, raising=False)
+    shared_logprobs(items, model, tokens, mask, longest)
+    assert seen == [(3, tokens.shape[1] - longest + 4 * longest)]
 
 
 @pytest.mark.parametrize("name", MAKERS)
