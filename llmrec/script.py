@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from llmrec.exceptions import LLMRecError, RecipeError
@@ -71,12 +72,14 @@ def parse(arguments: "TrlParser", argv: Sequence[str]) -> tuple[Any, ...]:
 def run(main: Callable[..., None], arguments: "TrlParser") -> None:
     """Calls `main` with what the command line says; an LLMRecError becomes one line on stderr and exit code 1.
 
-    So does a disk without room.
+    So does a disk without room. Processes that main shared its work with are left in order.
     """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("llmrec").setLevel(logging.INFO)
     try:
-        main(*parse(arguments, sys.argv[1:]))
+        parsed = parse(arguments, sys.argv[1:])
+        with left_in_order():
+            main(*parsed)
     except LLMRecError as error:
         sys.exit(f"error: {error}")
     except Exception as error:
@@ -85,6 +88,29 @@ def run(main: Callable[..., None], arguments: "TrlParser") -> None:
         sys.exit(
             f"error: A file could not be written: {error}. Make room on that disk, and start the same command again."
         )
+
+
+@contextmanager
+def left_in_order() -> Iterator[None]:
+    """Leaves gloo's process group after work that ended, or that all processes agreed to stop.
+
+    Its threads, if they still run when the interpreter is gone, now and then abort a process that had done all its
+    work. NCCL's is left as it is: to destroy it, all processes would have to wait for the first one's last words.
+    """
+    try:
+        yield
+    except SystemExit:
+        _leave_gloo()
+        raise
+    _leave_gloo()
+
+
+def _leave_gloo() -> None:
+    distributed = sys.modules.get("torch.distributed")  # a script without it is not to load it at its end
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    if distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
 
 
 def _is_out_of_room(error: Exception) -> bool:

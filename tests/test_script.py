@@ -1,6 +1,7 @@
 """What a recipe or a command line says wrongly is said back in one line, before anything is loaded."""
 
 import errno
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import pytest
@@ -111,3 +112,34 @@ def test_other_errors_of_a_script_keep_their_trace(monkeypatch):
     monkeypatch.setattr("sys.argv", ["script", "--artefact", "there"])
     with pytest.raises(OSError, match="broken"):
         run(main, parser((Arguments,), "A script."))
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_gloos_processes_are_left_after_work_that_ended_or_was_stopped(stopped, tmp_path, monkeypatch):
+    import torch.distributed as processes
+
+    def main(arguments):
+        processes.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        if stopped:
+            raise SystemExit(143)
+
+    monkeypatch.setattr("sys.argv", ["script", "--artefact", "there"])
+    with pytest.raises(SystemExit, match="143") if stopped else nullcontext():
+        run(main, parser((Arguments,), "A script."))
+    assert not processes.is_initialized()
+
+
+def test_processes_are_not_waited_for_after_an_error(tmp_path, monkeypatch):
+    import torch.distributed as processes
+
+    def main(arguments):
+        processes.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        raise RecipeError("Wrong. Right it.")
+
+    monkeypatch.setattr("sys.argv", ["script", "--artefact", "there"])
+    try:
+        with pytest.raises(SystemExit, match=r"error: Wrong\. Right it\."):
+            run(main, parser((Arguments,), "A script."))
+        assert processes.is_initialized()
+    finally:
+        processes.destroy_process_group()

@@ -24,7 +24,6 @@ _SAME = (
     *("relative_bias", "position_embeddings", "residual", "gate", "concat_ua", "score", "qk_dim", "v_dim", "norm"),
     *("feed_forward", "gru_size"),
 )
-_SHARED = ("in_batch", "mixed")  # negatives that all targets of a batch share
 _LOSSES = {"softmax": "softmax", "sampled_softmax": "sampled_softmax", "bce": "bce", "gbce": "bce"}
 _RANKING_BEAMS = 20  # of train/sft.py's evaluations
 
@@ -169,7 +168,7 @@ def shape_of(entry: PilotEncoder, depth: int, width: int, work: Workload) -> Sha
         length=work.length,
         heads=flags.get("num_attention_heads"),
         negatives=entry.negatives,
-        shared_negatives=sampled and (bool(flags.get("shared_negatives")) or flags.get("negatives") in _SHARED),
+        shared_negatives=sampled and bool(flags.get("shared_negatives")),
         loss=loss,
         max_history=int(flags.get("max_history", 50)),
         targets=work.targets,

@@ -155,7 +155,6 @@ def test_sampled_losses_and_their_negatives(split):
         ({"loss": "softmax"}, (None, False, "softmax")),
         ({"loss": "sampled_softmax", "num_negatives": 7}, (7, False, "sampled_softmax")),
         ({"loss": "sampled_softmax", "shared_negatives": True}, (128, True, "sampled_softmax")),
-        ({"loss": "sampled_softmax", "negatives": "mixed"}, (128, True, "sampled_softmax")),
         ({"loss": "gbce", "num_negatives": 9}, (9, False, "bce")),
     ):
         entry = PilotEncoder.read("sasrec", RECIPES, None, overrides)
