@@ -1,5 +1,9 @@
 import copy
 import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,12 +39,21 @@ def test_groups_after_each_change_of_weights_are_those_of_transformers(tmp_path)
     """Beams and draws, over the semantic IDs alone, whole and with an adapter, from one engine."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("this environment has no vLLM")
+    # In a process of its own, as of train/rl.py: what a thousand tests leave in theirs is not the engine's to bear.
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(tmp_path)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.endswith("compared 4 generations\n")
+
+
+def compare(folder):
     # Prompts of more than a block of 32 tokens, which the engine remembers.
     recommender = policy("semantic_ids", hidden_size=64, num_items=60, max_history=20, max_positions=256)
-    recommender.save_pretrained(tmp_path / "artefact")
+    recommender.save_pretrained(folder / "artefact")
     cases, catalog, model = cases_of(recommender, 7, longest=18), recommender.catalog, recommender.model
     options = {"softmax": "semantic_ids"}
-    with VLLMRollouts(model, tmp_path / "artefact", catalog, cases, GROUP, seed=3, **options) as engine:
+    with VLLMRollouts(model, folder / "artefact", catalog, cases, GROUP, seed=3, **options) as engine:
         chosen = [4, 0, 6, 2, 1]
         assert max(len(cases.prompts[case]) for case in chosen) > 40
         before = engine.generate(chosen)
@@ -98,3 +111,8 @@ def test_what_the_engine_cannot_do_is_refused_before_it_starts(tmp_path, monkeyp
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="2 processes"):
         VLLMRollouts(*given, 4)
+
+
+if __name__ == "__main__":
+    compare(Path(sys.argv[1]))
+    sys.stdout.write("compared 4 generations\n")
