@@ -1,6 +1,6 @@
 """What a distillation is made of, as flags: the teacher and its data, the lesson, the student."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,13 @@ SEQUENCE_STUDENTS = {
     "gru4rec": "gru4rec",
     "llama_items": "llama",
     "gpt2_items": "gpt2",
+}
+
+
+# What belongs to one lesson, and would be silent in the other.
+_OF_METHOD = {
+    "slmrec": ("supervision_points", "cosine_weight", "norm_weight", "multi_signal_weight"),
+    "logits": ("alpha", "kl_temperature", "direction", "softmax_range"),
 }
 
 
@@ -112,6 +119,14 @@ class DistillArguments:
             raise RecipeError(f"--alpha is {self.alpha}. Give a share above 0, or say --method cross_entropy.")
         if not 0 < self.kl_temperature < float("inf"):
             raise RecipeError(f"--kl_temperature is {self.kl_temperature}. Give a number above 0.")
+        other = {"slmrec": "logits", "logits": "slmrec"}.get(self.method)
+        defaults = {one.name: one.default for one in fields(self)}
+        for name in _OF_METHOD.get(other or "", ()):
+            if getattr(self, name) != defaults[name]:
+                raise RecipeError(
+                    f"--{name} belongs to --method {other}, and the method is {self.method}. Leave it out, or say "
+                    f"--method {other}."
+                )
         weights = (self.cosine_weight, self.norm_weight, self.multi_signal_weight)
         if min(weights) < 0 or (self.method == "slmrec" and not any(weights)):
             raise RecipeError(f"The weights of slmrec are {weights}. Give numbers from 0 on, and not three zeros.")

@@ -218,6 +218,8 @@ def test_a_sequence_model_teaches_a_smaller_one(stage, data, sequence_teacher, t
         (["--ks", "1", "5"], RecipeError, "10 or a larger one"),
         (["--test_users", "0"], RecipeError, "told by its test"),
         (["--alpha", "0"], RecipeError, "--method cross_entropy"),
+        (["--supervision_points", "2"], RecipeError, "belongs to --method slmrec, and the method is logits"),
+        (["--method", "slmrec", "--alpha", "0.7"], RecipeError, "--alpha belongs to --method logits"),
         (["--student", "sasrec", "--direction", "reverse"], RecipeError, "most probable items alone"),
         (["--student", "no_such_model"], BackboneError, "no_such_model"),
         (["--loss", "bce"], RecipeError, "--loss is for sequence models"),
