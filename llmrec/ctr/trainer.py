@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,9 @@ from llmrec.ctr.rows import MISSING
 from llmrec.exceptions import BackboneError
 from llmrec.rating import measures
 from llmrec.training.checkpoints import WholeCheckpoints
-from llmrec.training.curve import LOG_FILE, LogLines
 from llmrec.training.patience import KeptPatience
 from llmrec.training.randomness import OwnRandomState
+from llmrec.training.step_mean import StepMean
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ def multi_task_loss(logits: Tensor, labels: Tensor, weights: Tensor, label_weigh
     return total
 
 
-class CTRTrainer(OwnRandomState, KeptPatience, WholeCheckpoints, Trainer):
+class CTRTrainer(StepMean, OwnRandomState, KeptPatience, WholeCheckpoints, Trainer):
     """Trains a `CTRModel` on `Cases` or `Windows`.
 
     * The loss of a step is the weighted sum over its known labels by their number, over all accumulated batches and
@@ -76,10 +75,6 @@ class CTRTrainer(OwnRandomState, KeptPatience, WholeCheckpoints, Trainer):
             BackboneError: if the weights do not fit the labels, the data does not fit the model's layout, or several
                 GPUs were given to one process.
         """
-        if args.n_gpu > 1:
-            raise BackboneError(
-                f"One process was given {args.n_gpu} GPUs. Start with `accelerate launch`, which gives each its own."
-            )
         weights = [1.0] * len(model.labels) if label_weights is None else list(label_weights)
         if len(weights) != len(model.labels) or not all(0 <= weight < float("inf") for weight in weights):
             raise BackboneError(
@@ -97,13 +92,10 @@ class CTRTrainer(OwnRandomState, KeptPatience, WholeCheckpoints, Trainer):
             train_dataset=train,
             eval_dataset=valid,
             data_collator=collate,
-            callbacks=[LogLines(Path(args.output_dir) / LOG_FILE), *callbacks],
+            callbacks=callbacks,
             **options,
         )
         self.label_weights = torch.tensor(weights, device=args.device)
-        self.model_accepts_loss_kwargs = True
-        self.loss_is_scaled_for_ga = True
-        self._loss_shifts_labels = False
 
     def compute_loss(
         self,
@@ -125,10 +117,7 @@ class CTRTrainer(OwnRandomState, KeptPatience, WholeCheckpoints, Trainer):
         given = {name: inputs[name] for name in ("items", "mask", "timestamps", "actions")}
         logits = model(**given, places=places)
         total = multi_task_loss(logits, labels[places], inputs["weights"][places], self.label_weights)
-        count = (labels != MISSING).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # whose gradients are averaged
+        loss = self.share_of_step(total, (labels != MISSING).sum(), num_items_in_batch)
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def prediction_step(

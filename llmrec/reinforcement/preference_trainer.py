@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,15 +19,14 @@ from llmrec.reinforcement.item_logprobs import ItemLogProbs, Layout
 from llmrec.reinforcement.preference_loss import preference_loss, preference_measures
 from llmrec.reinforcement.preferences import PreferenceCases
 from llmrec.training.checkpoints import WholeCheckpoints
-from llmrec.training.curve import LOG_FILE, LogLines
+from llmrec.training.exact_means import ExactMeans
 from llmrec.training.packing import ShareOfRows
 from llmrec.training.patience import KeptPatience
 from llmrec.training.randomness import OwnRandomState
-from llmrec.training.ranking import RankingCallback
+from llmrec.training.step_mean import StepMean
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
-    from transformers.trainer_utils import EvalLoopOutput
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +58,7 @@ class PreferenceRows(torch.utils.data.Dataset[dict[str, Any]]):
         return {"input_ids": prompt, "items": items, "reference": known, "labels": [int(items[0])]}
 
 
-class PreferenceTrainer(OwnRandomState, KeptPatience, WholeCheckpoints, Trainer):
+class PreferenceTrainer(ExactMeans, StepMean, OwnRandomState, KeptPatience, WholeCheckpoints, Trainer):
     """Trains a causal LM to prefer the items that were taken (`preference_loss`).
 
     * The reference is the model as it is given, or, of a model with an adapter, the model without it. Its
@@ -112,14 +110,6 @@ class PreferenceTrainer(OwnRandomState, KeptPatience, WholeCheckpoints, Trainer)
         """
         if not (math.isfinite(beta) and beta > 0):
             raise RecipeError(f"beta is {beta}. Give a finite number above 0, such as 0.1.")
-        if args.n_gpu > 1:
-            raise BackboneError(
-                f"One process was given {args.n_gpu} GPUs. Start with `accelerate launch`, which gives each its own."
-            )
-        if args.label_smoothing_factor:
-            raise BackboneError(
-                f"label_smoothing_factor is {args.label_smoothing_factor}, and this loss has none. Leave it out."
-            )
         for one in (preferences, valid):
             if one is not None:
                 _check_lengths(one, catalog, model)
@@ -131,17 +121,12 @@ class PreferenceTrainer(OwnRandomState, KeptPatience, WholeCheckpoints, Trainer)
             train_dataset=PreferenceRows(preferences),
             eval_dataset=None if valid is None else PreferenceRows(valid),
             processing_class=processing_class,
-            callbacks=[LogLines(Path(args.output_dir) / LOG_FILE), *callbacks],
+            callbacks=callbacks,
             **options,
         )
-        # The loss is over the cases of the whole step; the base class counts their labels for whoever accepts this.
-        self.model_accepts_loss_kwargs = True
-        self.loss_is_scaled_for_ga = True
-        self._loss_shifts_labels = False
         self.beta = beta
         self._logprobs = ItemLogProbs(model, catalog, softmax, layout)
         logger.info("items are scored by %s: %s", self._logprobs.layout, self._logprobs.reason)
-        self._sums = {True: self._zeros(), False: self._zeros()}  # of training, of evaluation
         for rows in (self.train_dataset, self.eval_dataset):
             if rows is not None:
                 rows.reference = self._reference(model, rows)
@@ -166,10 +151,7 @@ class PreferenceTrainer(OwnRandomState, KeptPatience, WholeCheckpoints, Trainer)
         reference = inputs["reference"].to(policy.dtype)
         losses = preference_loss(policy, reference, self.beta) * counted
         self._count(losses.detach(), policy.detach(), reference, counted, model.training)
-        count = counted.sum() if num_items_in_batch is None else num_items_in_batch
-        loss = losses.sum() / torch.as_tensor(count, device=losses.device).clamp(min=1)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # whose gradients are averaged
+        loss = self.share_of_step(losses.sum(), counted.sum(), num_items_in_batch)
         return (loss, {"losses": losses.detach()}) if return_outputs else loss
 
     def _collated(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -241,38 +223,6 @@ class PreferenceTrainer(OwnRandomState, KeptPatience, WholeCheckpoints, Trainer)
             raise RecipeError("There are no held-out preferences to evaluate. Give them as `valid`.")
         share = ShareOfRows(rows, self.args.eval_batch_size, self.args.process_index, self.args.world_size)
         return DataLoader(share, batch_sampler=share.batches, collate_fn=self.data_collator)
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> "EvalLoopOutput":
-        """The measures' means over the held-out cases, and the ranking metrics of an evaluation."""
-        self._sums[False] = self._zeros()
-        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-        output.metrics.update(
-            {f"{metric_key_prefix}_{name}": mean for name, mean in self._means(training=False).items()}
-        )
-        if metric_key_prefix == "eval":
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, RankingCallback):
-                    output.metrics.update(callback.measure(self.model, progress=not self.args.disable_tqdm))
-        return output
-
-    def prediction_step(
-        self,
-        model: Any,
-        inputs: dict[str, Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[None, None, None]:
-        """Adds a batch to the sums of the evaluation; there are no predictions."""
-        with torch.no_grad(), self.compute_loss_context_manager():
-            self.compute_loss(model, self._prepare_inputs(inputs))
-        return None, None, None
 
     def floating_point_ops(self, inputs: Any) -> int:
         """An estimate of 6 operations per token and parameter, as the layout has it."""

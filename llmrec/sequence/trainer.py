@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from llmrec.evaluation.metrics import ranking_metrics
 from llmrec.examples import IGNORED
-from llmrec.exceptions import BackboneError
 from llmrec.losses.loss import ItemLoss
 from llmrec.representations.row_adam import RowAdam
 from llmrec.sequence.histories import History
@@ -22,9 +20,9 @@ from llmrec.sequence.model import SequenceModel
 from llmrec.sequence.scores import CaseScores
 from llmrec.sequence.windows import EpochBatches, TrainingWindows
 from llmrec.training.checkpoints import WholeCheckpoints
-from llmrec.training.curve import LOG_FILE, LogLines
 from llmrec.training.patience import KeptPatience
 from llmrec.training.randomness import OwnRandomState
+from llmrec.training.step_mean import StepMean
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class SequenceTrainer(OwnRandomState, KeptPatience, WholeCheckpoints, Trainer):
+class SequenceTrainer(StepMean, OwnRandomState, KeptPatience, WholeCheckpoints, Trainer):
     """Trains a `SequenceModel` on windows of histories.
 
     * Batches are planned for each epoch (`EpochBatches`), the same whatever is restarted and however many processes.
@@ -71,12 +69,8 @@ class SequenceTrainer(OwnRandomState, KeptPatience, WholeCheckpoints, Trainer):
             options: further arguments of transformers' Trainer.
 
         Raises:
-            BackboneError: if several GPUs were given to one process.
+            BackboneError: if several GPUs were given to one process, or labels are to be smoothed.
         """
-        if args.n_gpu > 1:
-            raise BackboneError(
-                f"One process was given {args.n_gpu} GPUs. Start with `accelerate launch`, which gives each its own."
-            )
         self.sparse = any(isinstance(one, torch.nn.Embedding) and one.sparse for one in model.modules())
         self.largest_gradient = args.max_grad_norm
         if self.sparse:
@@ -86,15 +80,12 @@ class SequenceTrainer(OwnRandomState, KeptPatience, WholeCheckpoints, Trainer):
             args=args,
             train_dataset=windows,
             eval_dataset=list(range(len(cases))),
-            callbacks=[LogLines(Path(args.output_dir) / LOG_FILE), *callbacks],
+            callbacks=callbacks,
             **options,
         )
         self.windows, self.loss, self.cases, self.ks = windows, loss.to(args.device), list(cases), tuple(ks)
         self.case_targets = np.asarray(targets, dtype=np.int64)
         self.budget = budget
-        self.model_accepts_loss_kwargs = True
-        self.loss_is_scaled_for_ga = True
-        self._loss_shifts_labels = False
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's; for an item table with sparse gradients, `RowAdam` with the Trainer's rates."""
@@ -142,10 +133,7 @@ class SequenceTrainer(OwnRandomState, KeptPatience, WholeCheckpoints, Trainer):
     ) -> Any:
         """The batch's share of the step's mean loss per labelled place (`SequenceModel.forward` with labels)."""
         total = model(**inputs, loss=self.loss)
-        count = (inputs["labels"] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # whose gradients are averaged
+        loss = self.share_of_step(total, (inputs["labels"] != IGNORED).sum(), num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
     def evaluation_loop(

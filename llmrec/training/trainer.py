@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,22 +11,21 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from llmrec.exceptions import BackboneError, DataError
 from llmrec.training.batches import Collator, check_restarts, choose_layout
 from llmrec.training.checkpoints import WholeCheckpoints
-from llmrec.training.curve import LOG_FILE, LogLines
+from llmrec.training.exact_means import ExactMeans
 from llmrec.training.head import HeadLoss, LossVocabulary
 from llmrec.training.packing import Bins, EndlessStream, ShareOfRows, ShareOfStream, row_lengths
 from llmrec.training.patience import KeptPatience
 from llmrec.training.randomness import OwnRandomState
-from llmrec.training.ranking import RankingCallback
+from llmrec.training.step_mean import StepMean
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
     from transformers import PreTrainedModel
-    from transformers.trainer_utils import EvalLoopOutput
 
 logger = logging.getLogger(__name__)
 
 
-class GenerativeTrainer(OwnRandomState, KeptPatience, WholeCheckpoints, Trainer):
+class GenerativeTrainer(ExactMeans, StepMean, OwnRandomState, KeptPatience, WholeCheckpoints, Trainer):
     """Trains a causal LM on rows of token ids and labels, and loses no time on what no label asks for.
 
     What is another than in transformers' Trainer:
@@ -80,14 +78,6 @@ class GenerativeTrainer(OwnRandomState, KeptPatience, WholeCheckpoints, Trainer)
             BackboneError: if the options do not go together, or several GPUs were given to one process.
             DataError: if a row is longer than `max_tokens_per_batch`.
         """
-        if args.n_gpu > 1:
-            raise BackboneError(
-                f"One process was given {args.n_gpu} GPUs. Start with `accelerate launch`, which gives each its own."
-            )
-        if args.label_smoothing_factor:
-            raise BackboneError(
-                f"label_smoothing_factor is {args.label_smoothing_factor}, and this loss has none. Leave it out."
-            )
         if loss_vocabulary not in ("all", "semantic_ids") or (loss_vocabulary == "semantic_ids" and not semantic_ids):
             raise BackboneError(
                 f"The loss vocabulary is {loss_vocabulary!r}, with {len(semantic_ids or ())} tokens of semantic IDs. "
@@ -111,13 +101,10 @@ class GenerativeTrainer(OwnRandomState, KeptPatience, WholeCheckpoints, Trainer)
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[LogLines(Path(args.output_dir) / LOG_FILE), *callbacks],
+            shifts_labels=True,
+            callbacks=callbacks,
             **options,
         )
-        # The loss is over the labelled tokens of the whole step; the base class counts them for whoever accepts this.
-        self.model_accepts_loss_kwargs = True
-        self.loss_is_scaled_for_ga = True
-        self._loss_shifts_labels = True
         self._checked_restarts = self.layout == "padded"
         if layout == "auto" and self.layout == "folded":
             try:
@@ -132,7 +119,6 @@ class GenerativeTrainer(OwnRandomState, KeptPatience, WholeCheckpoints, Trainer)
         self.data_collator = Collator(self.layout, self.tasks, 0 if pad is None else pad)
         self._head_loss = HeadLoss(model, semantic_ids if loss_vocabulary == "semantic_ids" else None)
         self._parameters: int | None = None
-        self._sums = {True: self._zeros(), False: self._zeros()}  # of training, of evaluation
 
     def compute_loss(
         self,
@@ -157,12 +143,7 @@ class GenerativeTrainer(OwnRandomState, KeptPatience, WholeCheckpoints, Trainer)
             self._checked_restarts = True
         found = self._head_loss(model, given, labels)
         self._count(found.each, tasks.reshape(-1).index_select(0, found.places), model.training)
-        if num_items_in_batch is None:
-            loss = found.total / max(1, len(found.each))
-        else:
-            loss = found.total / torch.as_tensor(num_items_in_batch, device=labels.device).clamp(min=1)
-            if self.args.average_tokens_across_devices:
-                loss = loss * self.accelerator.num_processes  # whose gradients are averaged
+        loss = self.share_of_step(found.total, len(found.each), num_items_in_batch)
         return (loss, {"losses": found.each}) if return_outputs else loss
 
     def _zeros(self) -> Tensor:
@@ -237,38 +218,6 @@ class GenerativeTrainer(OwnRandomState, KeptPatience, WholeCheckpoints, Trainer)
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
         )
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> "EvalLoopOutput":
-        """The mean loss per token, of each task too, and the ranking metrics of an evaluation."""
-        self._sums[False] = self._zeros()
-        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-        output.metrics.update(
-            {f"{metric_key_prefix}_{name}": mean for name, mean in self._means(training=False).items()}
-        )
-        if metric_key_prefix == "eval":
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, RankingCallback):
-                    output.metrics.update(callback.measure(self.model, progress=not self.args.disable_tqdm))
-        return output
-
-    def prediction_step(
-        self,
-        model: Any,
-        inputs: dict[str, Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[None, None, None]:
-        """Adds a batch's losses to the sums of the evaluation; there are no predictions."""
-        with torch.no_grad(), self.compute_loss_context_manager():
-            self.compute_loss(model, self._prepare_inputs(inputs))
-        return None, None, None
 
     def floating_point_ops(self, inputs: Mapping[str, Tensor]) -> int:
         """An estimate of 6 operations per token and parameter; the parameters are counted once."""
