@@ -190,3 +190,5 @@ def test_what_does_not_fit_is_refused(tmp_path):
         make_trainer(tmp_path, cases_of(rows), label_weights=[-1.0])
     with pytest.raises(BackboneError, match="one pass"):
         make_trainer(tmp_path, Windows(rows, catalogue_of(rows), np.arange(60), 6), layout="target")
+    with pytest.raises(BackboneError, match=r"label_smoothing_factor is 0\.1"):
+        make_trainer(tmp_path, cases_of(rows), label_smoothing_factor=0.1)

@@ -16,6 +16,7 @@ from llmrec.data.items import Items
 from llmrec.data.protocols import leave_one_out
 from llmrec.evaluation.evaluation import evaluate
 from llmrec.evaluation.ranks import rank_scores
+from llmrec.exceptions import BackboneError
 from llmrec.losses.arguments import LossArguments
 from llmrec.representations.row_adam import RowAdam
 from llmrec.sequence.histories import LoggedHistories
@@ -142,6 +143,11 @@ def test_cases_must_come_in_their_order():
     scores = CaseScores(model, LoggedHistories(split, model.events).cases("test"))
     with pytest.raises(RuntimeError, match="order"):
         scores(split.histories("test")[::-1])
+
+
+def test_labels_are_not_smoothed_in_silence(tmp_path):
+    with pytest.raises(BackboneError, match=r"label_smoothing_factor is 0\.1"):
+        trainer_of(tmp_path, label_smoothing_factor=0.1)
 
 
 def test_a_restart_changes_no_bit(tmp_path):
