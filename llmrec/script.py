@@ -2,12 +2,12 @@
 
 import difflib
 import errno
+import gc
 import logging
 import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmrec.exceptions import LLMRecError, RecipeError
@@ -72,14 +72,15 @@ def parse(arguments: "TrlParser", argv: Sequence[str]) -> tuple[Any, ...]:
 def run(main: Callable[..., None], arguments: "TrlParser") -> None:
     """Calls `main` with what the command line says; an LLMRecError becomes one line on stderr and exit code 1.
 
-    So does a disk without room. Processes that main shared its work with are left in order.
+    So does a disk without room. Processes that main shared its work with are left in order (`leave_processes`).
     """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("llmrec").setLevel(logging.INFO)
+    codes: list[Any] = []
     try:
-        parsed = parse(arguments, sys.argv[1:])
-        with left_in_order():
-            main(*parsed)
+        main(*parse(arguments, sys.argv[1:]))
+    except SystemExit as stop:
+        codes.append(stop.code)  # alone: the exception holds the frames, and these what was trained
     except LLMRecError as error:
         sys.exit(f"error: {error}")
     except Exception as error:
@@ -88,28 +89,22 @@ def run(main: Callable[..., None], arguments: "TrlParser") -> None:
         sys.exit(
             f"error: A file could not be written: {error}. Make room on that disk, and start the same command again."
         )
+    leave_processes()
+    if codes:
+        sys.exit(codes[0])
 
 
-@contextmanager
-def left_in_order() -> Iterator[None]:
-    """Leaves gloo's process group after work that ended, or that all processes agreed to stop.
+def leave_processes() -> None:
+    """Leaves gloo's process group, so that its threads end, after work that ended or that all agreed to stop.
 
-    Its threads, if they still run when the interpreter is gone, now and then abort a process that had done all its
-    work. NCCL's is left as it is: to destroy it, all processes would have to wait for the first one's last words.
+    Where they still run when the interpreter is gone, a process is now and then aborted that had done all its work.
+    NCCL's is left as it is: to destroy it, all processes would have to wait for the first one's last words.
     """
-    try:
-        yield
-    except SystemExit:
-        _leave_gloo()
-        raise
-    _leave_gloo()
-
-
-def _leave_gloo() -> None:
     distributed = sys.modules.get("torch.distributed")  # a script without it is not to load it at its end
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return
     if distributed.get_backend() == "gloo":
+        gc.collect()  # a Trainer refers to itself, and its model to the group
         distributed.destroy_process_group()
 
 

@@ -1,7 +1,9 @@
 """What a recipe or a command line says wrongly is said back in one line, before anything is loaded."""
 
 import errno
-from contextlib import nullcontext
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -114,19 +116,60 @@ def test_other_errors_of_a_script_keep_their_trace(monkeypatch):
         run(main, parser((Arguments,), "A script."))
 
 
-@pytest.mark.parametrize("stopped", [False, True])
-def test_gloos_processes_are_left_after_work_that_ended_or_was_stopped(stopped, tmp_path, monkeypatch):
-    import torch.distributed as processes
+TRAINING = """
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
-    def main(arguments):
-        processes.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-        if stopped:
-            raise SystemExit(143)
+import torch
+from transformers import TrainingArguments
 
-    monkeypatch.setattr("sys.argv", ["script", "--artefact", "there"])
-    with pytest.raises(SystemExit, match="143") if stopped else nullcontext():
-        run(main, parser((Arguments,), "A script."))
-    assert not processes.is_initialized()
+from llmrec.script import parser, run
+
+
+@dataclass
+class Arguments:
+    stopped: bool = False
+
+
+class Loop:
+    def __init__(self):
+        self.me = self
+        torch.distributed.init_process_group("gloo", init_method=os.environ["STORE"], rank=0, world_size=1)
+        self.model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+        self.model(torch.ones(1, 2)).sum().backward()
+
+
+def threads():
+    return [one.name for one in Path("/proc/self/task").iterdir() if "gloo" in (one / "comm").read_text()]
+
+
+def main(arguments):
+    loop = Loop()
+    assert threads() and loop.me is loop
+    if arguments.stopped:
+        raise SystemExit(143)
+
+
+code = 0
+try:
+    run(main, parser((Arguments,), "A script."))
+except SystemExit as stop:
+    code = stop.code
+assert not torch.distributed.is_initialized()
+assert not threads(), threads()
+sys.exit(code)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are counted in /proc")
+@pytest.mark.parametrize(("stopped", "code"), [("False", 0), ("True", 143)])
+def test_no_thread_of_gloo_outlives_a_training_that_ended_or_was_stopped(stopped, code, tmp_path):
+    command = [sys.executable, "-c", TRAINING, "--stopped", stopped]
+    variables = {**os.environ, "STORE": f"file://{tmp_path}/store"}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr[-2000:]
 
 
 def test_processes_are_not_waited_for_after_an_error(tmp_path, monkeypatch):

@@ -72,8 +72,8 @@ class CTRTrainer(StepMean, OwnRandomState, KeptPatience, WholeCheckpoints, Train
             options: further arguments of transformers' Trainer.
 
         Raises:
-            BackboneError: if the weights do not fit the labels, the data does not fit the model's layout, or several
-                GPUs were given to one process.
+            BackboneError: if the weights do not fit the labels, the data does not fit the model's layout, several GPUs
+                were given to one process, or labels are to be smoothed.
         """
         weights = [1.0] * len(model.labels) if label_weights is None else list(label_weights)
         if len(weights) != len(model.labels) or not all(0 <= weight < float("inf") for weight in weights):

@@ -18,10 +18,13 @@ SEQUENCE_STUDENTS = {
 }
 
 
-# What belongs to one lesson, and would be silent in the other.
+# What belongs to one lesson, and would be silent in the others.
 _OF_METHOD = {
     "slmrec": ("supervision_points", "cosine_weight", "norm_weight", "multi_signal_weight"),
-    "logits": ("alpha", "kl_temperature", "direction", "softmax_range"),
+    "logits": (
+        *("alpha", "kl_temperature", "direction", "softmax_range"),
+        *("soft_items", "soft_cases", "soft_rest", "soft_cache"),
+    ),
 }
 
 
@@ -104,6 +107,14 @@ class DistillArguments:
 
     def check(self) -> None:
         """Raises RecipeError for values that make no sense or do not go together."""
+        defaults = {one.name: one.default for one in fields(self)}
+        for method, names in _OF_METHOD.items():
+            for name in names:
+                if method != self.method and getattr(self, name) != defaults[name]:
+                    raise RecipeError(
+                        f"--{name} belongs to --method {method}, and the method is {self.method}. Leave it out, or "
+                        f"say --method {method}."
+                    )
         counted = (
             *(("supervision_points", 0), ("soft_items", 1), ("soft_cases", 0), ("eval_users", 0), ("eval_rows", 1)),
             *(("test_users", -1), ("tokens_per_batch", 0), ("latency_repetitions", 0)),
@@ -119,14 +130,6 @@ class DistillArguments:
             raise RecipeError(f"--alpha is {self.alpha}. Give a share above 0, or say --method cross_entropy.")
         if not 0 < self.kl_temperature < float("inf"):
             raise RecipeError(f"--kl_temperature is {self.kl_temperature}. Give a number above 0.")
-        other = {"slmrec": "logits", "logits": "slmrec"}.get(self.method)
-        defaults = {one.name: one.default for one in fields(self)}
-        for name in _OF_METHOD.get(other or "", ()):
-            if getattr(self, name) != defaults[name]:
-                raise RecipeError(
-                    f"--{name} belongs to --method {other}, and the method is {self.method}. Leave it out, or say "
-                    f"--method {other}."
-                )
         weights = (self.cosine_weight, self.norm_weight, self.multi_signal_weight)
         if min(weights) < 0 or (self.method == "slmrec" and not any(weights)):
             raise RecipeError(f"The weights of slmrec are {weights}. Give numbers from 0 on, and not three zeros.")

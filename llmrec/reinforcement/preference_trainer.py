@@ -105,9 +105,10 @@ class PreferenceTrainer(ExactMeans, StepMean, OwnRandomState, KeptPatience, Whol
         Raises:
             RecipeError: if beta is no finite number above 0.
             PromptError: if a prompt and an item are longer than the model reads.
-            BackboneError: if the options do not go together, several GPUs were given to one process, or the model's
-                log-probabilities are no numbers.
+            BackboneError: if the options do not go together, several GPUs were given to one process, labels are to be
+                smoothed, or the model's log-probabilities are no numbers.
         """
+        self.check_arguments(args)
         if not (math.isfinite(beta) and beta > 0):
             raise RecipeError(f"beta is {beta}. Give a finite number above 0, such as 0.1.")
         for one in (preferences, valid):

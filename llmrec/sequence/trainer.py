@@ -71,6 +71,7 @@ class SequenceTrainer(StepMean, OwnRandomState, KeptPatience, WholeCheckpoints, 
         Raises:
             BackboneError: if several GPUs were given to one process, or labels are to be smoothed.
         """
+        self.check_arguments(args)
         self.sparse = any(isinstance(one, torch.nn.Embedding) and one.sparse for one in model.modules())
         self.largest_gradient = args.max_grad_norm
         if self.sparse:

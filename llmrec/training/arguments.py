@@ -43,7 +43,7 @@ class StageArguments(TrainingArguments):
         if self.early_stopping and not (self.load_best_model_at_end and self.metric_for_best_model):
             raise RecipeError(
                 f"early_stopping is {self.early_stopping}, but nothing says which model is the best. "
-                "Set load_best_model_at_end: true and metric_for_best_model: eval_HR@10."
+                "Set load_best_model_at_end: true and metric_for_best_model: eval_NDCG@10."
             )
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise RecipeError(f"--num_train_epochs is {self.num_train_epochs}. Train for more than none.")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,29 +18,46 @@ else:
 
 
 class StepMean(Trainer):
-    """A mixin over `transformers.Trainer`, the first of all, for trainers with a loss of their own.
+    """A mixin over `transformers.Trainer` for trainers with a loss of their own; first of all but `ExactMeans`.
 
         class MyTrainer(StepMean, OwnRandomState, KeptPatience, WholeCheckpoints, transformers.Trainer): ...
 
     Losses are sums over what counts in a batch (labelled tokens, places, cases); `share_of_step` divides them by the
     number in the whole step, over accumulated batches and all processes. Everything logged is a line of `log.jsonl` in
     the output folder.
+
+    Attributes:
+        shifts_labels: whether a row's first label is never asked for, as of causal LMs.
     """
+
+    shifts_labels: ClassVar[bool] = False
 
     def __init__(
         self,
         *,
         args: TrainingArguments,
-        shifts_labels: bool = False,
         callbacks: Sequence[TrainerCallback] = (),
         **options: Any,
     ) -> None:
         """
         Args:
             args: transformers' training arguments.
-            shifts_labels: whether a row's first label is never asked for, as of causal LMs.
             callbacks: further callbacks.
             options: further arguments of transformers' Trainer.
+
+        Raises:
+            BackboneError: see `check_arguments`.
+        """
+        self.check_arguments(args)
+        super().__init__(args=args, callbacks=[LogLines(Path(args.output_dir) / LOG_FILE), *callbacks], **options)
+        # The base class counts a step's labels for whoever accepts their number, and divides no further.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self._loss_shifts_labels = self.shifts_labels
+
+    @staticmethod
+    def check_arguments(args: TrainingArguments) -> None:
+        """Called at once, and first of all by a trainer that changes model, arguments or data before.
 
         Raises:
             BackboneError: if several GPUs were given to one process, or labels are to be smoothed.
@@ -53,11 +70,6 @@ class StepMean(Trainer):
             raise BackboneError(
                 f"label_smoothing_factor is {args.label_smoothing_factor}, and this loss has none. Leave it out."
             )
-        super().__init__(args=args, callbacks=[LogLines(Path(args.output_dir) / LOG_FILE), *callbacks], **options)
-        # The base class counts a step's labels for whoever accepts their number, and divides no further.
-        self.model_accepts_loss_kwargs = True
-        self.loss_is_scaled_for_ga = True
-        self._loss_shifts_labels = shifts_labels
 
     def share_of_step(self, total: Tensor, own: Tensor | int, whole: Tensor | int | None) -> Tensor:
         """A batch's share of the step's mean loss.

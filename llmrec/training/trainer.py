@@ -42,6 +42,8 @@ class GenerativeTrainer(ExactMeans, StepMean, OwnRandomState, KeptPatience, Whol
     * Everything logged is a line of `log.jsonl` in the output folder.
     """
 
+    shifts_labels = True
+
     def __init__(
         self,
         model: "PreTrainedModel",
@@ -75,9 +77,11 @@ class GenerativeTrainer(ExactMeans, StepMean, OwnRandomState, KeptPatience, Whol
             options: further arguments of transformers' Trainer.
 
         Raises:
-            BackboneError: if the options do not go together, or several GPUs were given to one process.
+            BackboneError: if the options do not go together, several GPUs were given to one process, or labels are to
+                be smoothed.
             DataError: if a row is longer than `max_tokens_per_batch`.
         """
+        self.check_arguments(args)
         if loss_vocabulary not in ("all", "semantic_ids") or (loss_vocabulary == "semantic_ids" and not semantic_ids):
             raise BackboneError(
                 f"The loss vocabulary is {loss_vocabulary!r}, with {len(semantic_ids or ())} tokens of semantic IDs. "
@@ -101,7 +105,6 @@ class GenerativeTrainer(ExactMeans, StepMean, OwnRandomState, KeptPatience, Whol
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            shifts_labels=True,
             callbacks=callbacks,
             **options,
         )

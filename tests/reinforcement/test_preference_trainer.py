@@ -22,7 +22,7 @@ from llmrec.reinforcement.item_logprobs import ItemLogProbs
 from llmrec.reinforcement.preference_loss import preference_loss
 from llmrec.reinforcement.preference_trainer import PreferenceTrainer
 from llmrec.reinforcement.preferences import PreferenceCases, uniform_negatives
-from llmrec.script import left_in_order
+from llmrec.script import leave_processes
 from llmrec.training.curve import read_log
 from llmrec.training.ranking import RankingCallback
 
@@ -404,5 +404,5 @@ def test_two_processes_train_as_one(tmp_path):
 
 if __name__ == "__main__":
     base, rank = Path(sys.argv[1]), os.environ["RANK"]
-    with left_in_order():
-        (base / f"{rank}.json").write_text(json.dumps(distributed_run(base / "two", 2)))
+    (base / f"{rank}.json").write_text(json.dumps(distributed_run(base / "two", 2)))
+    leave_processes()

@@ -11,7 +11,7 @@ from tiny_models import WORDS, random_rows, reference_losses, tiny
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from llmrec.exceptions import BackboneError, DataError
-from llmrec.script import left_in_order
+from llmrec.script import leave_processes
 from llmrec.training.curve import read_log
 from llmrec.training.trainer import GenerativeTrainer
 
@@ -323,5 +323,5 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path):
 
 if __name__ == "__main__":
     base, rank = Path(sys.argv[1]), os.environ["RANK"]
-    with left_in_order():
-        (base / f"{rank}.json").write_text(json.dumps(distributed_run(base / "two", 2)))
+    (base / f"{rank}.json").write_text(json.dumps(distributed_run(base / "two", 2)))
+    leave_processes()

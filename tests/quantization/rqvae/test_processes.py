@@ -14,7 +14,7 @@ import torch
 from llmrec.exceptions import TokenizerError
 from llmrec.quantization.rqvae import RQVAE, processes, training
 from llmrec.quantization.rqvae.codebook import Codebook
-from llmrec.script import left_in_order
+from llmrec.script import leave_processes
 
 SETTINGS = {"codebook_size": 8, "latent_dim": 4, "hidden": [12], "batch_size": 25, "epochs": 10, "num_levels": 2}
 FITS = {
@@ -196,5 +196,5 @@ def test_one_process_is_left_alone() -> None:
 
 
 if __name__ == "__main__":
-    with left_in_order():
-        main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]))
+    leave_processes()
