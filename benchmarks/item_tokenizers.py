@@ -87,23 +87,27 @@ def main() -> None:
     report("item_tokenizers", result, ratios, before, options)
 
 
-def prepared(name: str, options: argparse.Namespace) -> tuple[Path, list[str], list[str]]:
-    """The data set's run folder with its text embeddings in it, and the flags of its two files."""
-    runs = options.runs / name
+def files_of(name: str, options: argparse.Namespace) -> tuple[Path, Path]:
+    """The item table and the interactions of a data set; those of the sample are made in its run folder."""
+    folder = options.data / name
     if name == "sample":
         from llmrec.data.sample import make_sample
 
-        runs.mkdir(parents=True, exist_ok=True)
+        folder = options.runs / name
+        folder.mkdir(parents=True, exist_ok=True)
         log, table = make_sample(seed=0)
-        log.write_parquet(runs / "interactions.parquet")
-        table.write_parquet(runs / "items.parquet")
-        folder = runs
-    else:
-        folder = options.data / name
-        if not folder.is_dir():
-            sys.exit(f"There is no {name} below {options.data}. Name data sets that are there, or use --quick.")
-    items = ["--items", str(next(folder.glob("items.*")))]
-    interactions = ["--interactions", str(next(folder.glob("interactions.*")))]
+        log.write_parquet(folder / "interactions.parquet")
+        table.write_parquet(folder / "items.parquet")
+    if not folder.is_dir():
+        sys.exit(f"There is no {name} below {options.data}. Name data sets that are there, or use --quick.")
+    return next(folder.glob("items.*")), next(folder.glob("interactions.*"))
+
+
+def prepared(name: str, options: argparse.Namespace) -> tuple[Path, list[str], list[str]]:
+    """The data set's run folder with its text embeddings in it, and the flags of its two files."""
+    runs = options.runs / name
+    table, log = files_of(name, options)
+    items, interactions = ["--items", str(table)], ["--interactions", str(log)]
     model = ["--model", "static"] if name == "sample" else []
     stage("semantic_ids/embed.py", [*items, *interactions, *model, "--out", str(runs / "embeddings")])
     return runs, items, interactions

@@ -32,6 +32,10 @@ class StudyArguments:
     published: dict[str, Any] | None = field(
         default=None, metadata={"help": "In a recipe: by variant and metric, what was published, to stand beside."}
     )
+    reference: str = field(
+        default="",
+        metadata={"help": "The variant that all others are compared with, at the same axes, paired by test case."},
+    )
     note: str = field(default="", metadata={"help": "What a reader of the results has to know."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the trainings."})
     metrics: list[str] = field(
@@ -86,7 +90,15 @@ class StudyArguments:
             if (value := getattr(self, name, None)) is not None:
                 flags[name] = value
         return StudyPlan(
-            self.title, flags, variants, self.axes or {}, self.seeds, self.metrics, self.note, self.published or {}
+            self.title,
+            flags,
+            variants,
+            self.axes or {},
+            self.seeds,
+            self.metrics,
+            self.note,
+            self.published or {},
+            self.reference,
         )
 
 

@@ -58,6 +58,7 @@ class StudyPlan:
         metrics: of the test, such as "NDCG@10", or of a slice, "later_day NDCG@10"; the first is plotted.
         note: what a reader has to know.
         published: what was published, by the name of a variant (or a variant with its axes) and the metric.
+        reference: the variant that every other is compared with, at the same axes; "" for none.
 
     Raises:
         RecipeError: if the plan has no runs, two equal ones, or a name or flag that cannot be.
@@ -71,6 +72,7 @@ class StudyPlan:
     metrics: Sequence[str] = ("NDCG@10", "HR@10")
     note: str = ""
     published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    reference: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.variants, Mapping) or not self.variants:
@@ -96,6 +98,10 @@ class StudyPlan:
             raise RecipeError(f"The study has two runs of the name {repeated[0]!r}. Give an axis each value once.")
         if unknown := sorted(set(self.published) - set(cells) - set(self.variants)):
             raise RecipeError(f"What was published names {unknown[0]!r}, which is no variant. Name one of {cells}.")
+        if self.reference and self.reference not in self.variants:
+            raise RecipeError(
+                f"The reference {self.reference!r} is no variant of the study. Name one of {', '.join(self.variants)}."
+            )
 
     @property
     def runs(self) -> list[StudyRun]:
@@ -123,6 +129,10 @@ class StudyPlan:
             if len(numbers) == len(values) > 1:
                 return name
         return None
+
+    def reference_of(self, run: StudyRun) -> str:
+        """The cell that a run is compared with: of the reference variant, at the same values of the axes."""
+        return StudyRun(self.reference, run.axes, run.seed, {}).cell
 
     def chosen(self, names: Sequence[str]) -> list[StudyRun]:
         """The runs of these variants or cells; all for no names.

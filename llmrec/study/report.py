@@ -41,9 +41,12 @@ def markdown(document: Mapping[str, Any]) -> str:
     header, rows = table(document)
     lines = [f"# {_escaped(document['title'])}", ""]
     lines += [_escaped(document["note"]), ""] if document["note"] else []
-    lines += ["| " + " | ".join(map(_escaped, header)) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(map(_escaped, row)) + " |" for row in rows]
+    lines += _lines(header, rows)
     lines += ["", *(f"- {_escaped(sentence)}" for sentence in sentences(document))]
+    if (found := document.get("differences")) and found["cells"]:
+        header, rows = difference_table(found)
+        lines += ["", f"## Against {_escaped(found['reference'])}", "", *_lines(header, rows)]
+        lines += ["", *(f"- {_escaped(sentence)}" for sentence in difference_sentences(found))]
     return "\n".join(lines) + "\n"
 
 
@@ -95,6 +98,36 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def difference_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and a row for each cell beside its reference; of a study's `differences`."""
+    metrics = list(dict.fromkeys(metric for cell in found["cells"].values() for metric in cell["metrics"]))
+    several = len({cell["against"] for cell in found["cells"].values()}) > 1
+    rows = [
+        [
+            name,
+            *([cell["against"]] if several else []),
+            str(len(cell["seeds"])),
+            *(_changed(cell["metrics"].get(metric), found["level"]) for metric in metrics),
+        ]
+        for name, cell in found["cells"].items()
+    ]
+    return ["variant", *(["against"] if several else []), "seeds", *metrics], rows
+
+
+def difference_sentences(found: Mapping[str, Any]) -> list[str]:
+    """What has to be said about a study's `differences`."""
+    tests, level = found["tests"], found["level"]
+    said = [
+        "Paired by test case, each with its mean over the seeds; brackets are 95 % intervals over users, ± is the "
+        "standard deviation of the seeds' own differences.",
+        f"†: p below {level} after Holm's correction over all {tests} tests of this table. These are tests of the "
+        "trained models; how another seed would fall, ± says.",
+    ]
+    few = [name for name, cell in found["cells"].items() if len(cell["seeds"]) < 3]
+    said += [f"Of fewer than three seeds: {', '.join(few)}."] if few else []
+    return said + [f"{name} is not compared. {why}" for name, why in found["not_compared"].items()]
+
+
 def page(document: Mapping[str, Any], curve: str | None = None) -> Page:
     """The study as one HTML file; arguments as of `write`."""
     found = Page(document["title"])
@@ -117,6 +150,11 @@ def page(document: Mapping[str, Any], curve: str | None = None) -> Page:
     found.heading("All figures")
     header, rows = table(document)
     found.table(header, rows, " ".join(s for s in sentences(document) if " failed: " not in s))
+    if (changes := document.get("differences")) and changes["cells"]:
+        found.heading(f"Against {changes['reference']}")
+        _gaps(found, changes, metric)
+        header, rows = difference_table(changes)
+        found.table(header, rows, " ".join(difference_sentences(changes)))
     courses = [cell for cell in cells if len(_course(cell, metric)) > 1]
     if courses:
         found.heading("Validation on the way")
@@ -169,6 +207,27 @@ def _dots(page: Page, cells: Sequence[Cell], metric: str) -> None:
     page.figure(figure, f"Best is {best.name} with {best.means[metric].value:.4f}.{crosses}")
 
 
+def _gaps(page: Page, changes: Mapping[str, Any], metric: str) -> None:
+    """A dot for each cell's difference from its reference, with its paired interval and the seeds' own."""
+    shown = {name: cell["metrics"][metric] for name, cell in changes["cells"].items() if metric in cell["metrics"]}
+    if not shown:
+        return
+    figure, axes = plot(0.9 + 0.32 * len(shown))
+    axes.axvline(0.0, color=_COLOURS[6], linewidth=1)
+    for place, one in enumerate(shown.values()):
+        low, high = one["difference interval95"]
+        arms = [[max(0.0, one["difference"] - low)], [max(0.0, high - one["difference"])]]
+        axes.plot(one["by_seed"], [place] * len(one["by_seed"]), color=_COLOURS[1], marker="|", linestyle="none")
+        axes.errorbar([one["difference"]], [place], xerr=arms, capsize=3, color=_COLOURS[0], marker="o")
+    axes.set_yticks(range(len(shown)), list(shown))
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{metric} minus that of {changes['reference']}")
+    axes.grid(axis="x", alpha=0.3)
+    clear = [name for name, one in shown.items() if one["p_holm"] < changes["level"]]
+    told = f"Told from chance: {', '.join(clear)}." if clear else "None can be told from chance."
+    page.figure(figure, f"{told} Strokes are single seeds.")
+
+
 def _courses(page: Page, cells: Sequence[Cell], metric: str) -> None:
     figure, axes = plot(4.0)
     for place, cell in enumerate(cells):
@@ -214,6 +273,20 @@ def _shown(mean: Mean | None) -> str:
     if mean is None:
         return "–"
     return f"{mean.value:.4f}" + ("" if mean.high is None else f" ± {mean.high - mean.value:.4f}")
+
+
+def _changed(one: Mapping[str, Any] | None, level: float) -> str:
+    if one is None:
+        return "–"
+    low, high = one["difference interval95"]
+    spread = "" if one["sd_over_seeds"] is None else f", ± {one['sd_over_seeds']:.4f}"
+    sign = " †" if one["p_holm"] < level else ""
+    return f"{one['difference']:+.4f} [{low:+.4f}, {high:+.4f}]{spread}{sign}"
+
+
+def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(map(_escaped, header)) + " |", "|" + "---|" * len(header)]
+    return lines + ["| " + " | ".join(map(_escaped, row)) + " |" for row in rows]
 
 
 def _escaped(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What a study's runs came to: one document of all runs, and their means over seeds."""
+"""What a study's runs came to: one document of all runs, their means over seeds, and what each variant changed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any
 
 from llmrec.evaluation.uncertainty import over_seeds
 from llmrec.storage import write_json
+from llmrec.study.differences import differences
 from llmrec.study.place import RunPlace
 from llmrec.study.plan import StudyPlan
 
@@ -59,7 +60,9 @@ class Cell:
 
 
 def collect(plan: StudyPlan, places: Sequence[RunPlace]) -> dict[str, Any]:
-    """The study's document, JSON-ready: what was planned, and of every run its state and, if done, its results."""
+    """The study's document, JSON-ready: what was planned, of every run its state and, if done, its results, and the
+    `differences` from the reference variant, if there is one.
+    """
     runs = []
     for place in places:
         run, found, record = place.run, place.metrics(), place.record()
@@ -94,6 +97,7 @@ def collect(plan: StudyPlan, places: Sequence[RunPlace]) -> dict[str, Any]:
         "splits": sorted({run["split"] for run in runs if "split" in run}),
         "devices": sorted({run["device"] for run in runs if "device" in run}),
         "published": {name: dict(values) for name, values in plan.published.items()},
+        "differences": differences(plan, places),
         "runs": runs,
     }
 
