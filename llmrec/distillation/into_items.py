@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from accelerate import PartialState
 
 from llmrec.distillation.arguments import SEQUENCE_STUDENTS, DistillArguments, StudentArguments
 from llmrec.distillation.asked_windows import AskedWindows
-from llmrec.distillation.item_distributions import ItemDistributions, teacher_distributions, training_places
+from llmrec.distillation.item_distributions import ItemDistributions, training_places
 from llmrec.distillation.item_lessons import HiddenItemLesson, ItemLesson, TableLesson, TeacherLesson
 from llmrec.distillation.kept_layers import kept_layers, supervision_points
 from llmrec.distillation.layer_stack import LayerStack, with_layers
 from llmrec.distillation.sequence_trainer import SequenceDistillationTrainer
 from llmrec.distillation.teacher import Teacher
+from llmrec.distillation.teacher_lists import TeacherLists
 from llmrec.exceptions import DataError, RecipeError
 from llmrec.losses.arguments import LossArguments
 from llmrec.recommender import Settings
@@ -167,17 +169,13 @@ class IntoItems:
             split, training = self.teacher.split, self.training
             places = training_places(split, self.data.soft_cases, training.seed)
             folder = self.data.soft_cache or f"{self.data.artefact.rstrip('/')}.soft_targets"
+            recommender, width, identity = self.teacher.recommender, self.data.soft_items, self.teacher.identity
+            lists = TeacherLists(recommender, split, places, width, folder, identity)
+            lists.search(training.process_index, training.world_size, progress=training.process_index == 0)
+            PartialState().wait_for_everyone()
+            # On the disk of another machine some may be missing still: its first process makes them.
             with training.main_process_first(desc="the teacher's items"):
-                self._table = teacher_distributions(
-                    self.teacher.recommender,
-                    split,
-                    places,
-                    self.data.soft_items,
-                    folder,
-                    self.teacher.identity,
-                    self.data.soft_rest,
-                    progress=training.process_index == 0,
-                )
+                self._table = lists.distributions(self.data.soft_rest)
             logger.info("soft targets of %d training interactions, %d items each", len(places), self.data.soft_items)
         return self._table
 

@@ -1,27 +1,19 @@
-"""A language model's distributions over items: against the whole catalog by brute force, and kept on disk."""
+"""A language model's distributions over items, by their definition."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from small_teachers import language_recommender, split_of
+from small_teachers import split_of
 
-from llmrec.decoding import score_catalog
-from llmrec.distillation import item_distributions
-from llmrec.distillation.item_distributions import ItemDistributions, teacher_distributions, training_places
+from llmrec.distillation.item_distributions import ItemDistributions, training_places
 from llmrec.exceptions import DataError
-from llmrec.prompt import Prompt
 
 
 @pytest.fixture(scope="module")
 def split():
     return split_of()
-
-
-@pytest.fixture(scope="module")
-def teacher():
-    return language_recommender(layers=2)
 
 
 def test_training_places_are_targets_with_a_history(split):
@@ -34,38 +26,6 @@ def test_training_places_are_targets_with_a_history(split):
     assert len(some) == 20
     assert set(some.tolist()) <= set(expected)
     assert training_places(split, 20, seed=4).tolist() != some.tolist()
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("rest", ["uniform", "none"])
-def test_they_are_what_the_whole_catalog_scores(split, teacher, tmp_path, rest, temperature):
-    places = training_places(split, 8)
-    found = teacher_distributions(teacher, split, places, 10, tmp_path, "weights", rest)
-    teaching, there = found.at(torch.from_numpy(places))
-    assert bool(there.all())
-    got = teaching.log_probabilities(0, 8, temperature, torch.float64)
-    for row, place in enumerate(places.tolist()):
-        begin = max(int(split.offsets[split.owner[place]]), place - 6)
-        prompt = teacher.encoder.encode(split.rows[begin:place].tolist())
-        scores = score_catalog(teacher.model, prompt, teacher._trie).numpy()
-        # With ten beams on forty items the search need not find the best ten: its own ten are looked at.
-        chosen = found.rows[row]
-        np.testing.assert_allclose(found.scores[row], scores[chosen], atol=1e-5)
-        p = np.zeros(40)
-        if rest == "uniform":
-            p[:] = (1 - np.exp(scores[chosen]).sum()) / 30
-        p[chosen] = np.exp(scores[chosen])
-        p = p ** (1 / temperature)
-        np.testing.assert_allclose(got[row].exp().numpy(), p / p.sum(), rtol=2e-5, atol=1e-9)
-
-
-def test_all_items_found_leave_no_rest(split, teacher, tmp_path):
-    places = training_places(split, 3)
-    found = teacher_distributions(teacher, split, places, 60, tmp_path, "weights")
-    assert (found.rows >= 0).sum(axis=1).tolist() == [40] * 3
-    got = found.at(torch.from_numpy(places))[0].log_probabilities(0, 3, 1.0, torch.float64)
-    assert torch.isfinite(got).all()
-    torch.testing.assert_close(got.exp().sum(1), torch.ones(3, dtype=torch.float64))
 
 
 def test_items_that_may_not_be_recommended_have_none():
@@ -83,47 +43,8 @@ def test_interactions_without_one_are_told():
     assert found.argmax(1).tolist() == [1, 0]
 
 
-def test_a_run_that_was_stopped_goes_on_and_a_torn_file_is_made_again(split, teacher, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(item_distributions, "_SHARD", 3)
-    places = training_places(split, 8)
-    searched = []
-    original = item_distributions._searched
-
-    def counted(teacher, split, spans, width, events):
-        searched.append(len(spans))
-        if len(searched) == 3:
-            raise KeyboardInterrupt
-        return original(teacher, split, spans, width, events)
-
-    monkeypatch.setattr(item_distributions, "_searched", counted)
-    with pytest.raises(KeyboardInterrupt):
-        teacher_distributions(teacher, split, places, 5, tmp_path, "weights")
-    first = teacher_distributions(teacher, split, places, 5, tmp_path, "weights")
-    assert searched == [3, 3, 2, 2]  # the last is done again, the others are not
-    files = sorted(tmp_path.rglob("*.safetensors"))
-    assert len(files) == 3
-    files[0].write_bytes(b"torn")
-    second = teacher_distributions(teacher, split, places, 5, tmp_path, "weights")
-    assert searched == [3, 3, 2, 2, 3]
-    assert "is made again" in caplog.text
-    np.testing.assert_array_equal(first.rows, second.rows)
-    np.testing.assert_array_equal(first.scores, second.scores)
-    # Of other weights, widths or places nothing is taken.
-    teacher_distributions(teacher, split, places, 5, tmp_path, "other weights")
-    teacher_distributions(teacher, split, places, 4, tmp_path, "weights")
-    assert searched[5:] == [3, 3, 2, 3, 3, 2]
-
-
-def test_what_does_not_fit_is_refused(split, teacher, tmp_path):
-    places = training_places(split, 3)
-    with pytest.raises(DataError, match="one item or more"):
-        teacher_distributions(teacher, split, places, 0, tmp_path, "w")
-    with pytest.raises(DataError, match="Split the interactions over the teacher's own items"):
-        teacher_distributions(teacher, split_of(39), places, 5, tmp_path, "w")
-    shows = language_recommender(layers=1)
-    shows.prompt = Prompt("{{ preference }} {% for item in history %}{{ item.id }}{% endfor %}")
-    with pytest.raises(DataError, match="shows preference beside the history"):
-        teacher_distributions(shows, split, places, 5, tmp_path, "w")
+def test_arrays_that_do_not_fit_and_unknown_rules_are_refused():
+    places = np.arange(3)
     with pytest.raises(DataError, match="'popular'"):
         ItemDistributions(places, np.zeros((3, 1), int), np.zeros((3, 1)), np.ones(2, bool), "popular")
     with pytest.raises(DataError, match="ascending"):

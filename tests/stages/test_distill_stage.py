@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,6 +195,28 @@ def test_a_language_model_teaches_a_sasrec(stage, data, teacher, tmp_path):
     files = list((tmp_path / "artefact.soft_targets").rglob("*.safetensors"))
     assert len(files) == 1
     assert load_file(files[0])["rows"].shape == (50, 8)
+
+
+def test_two_processes_share_the_teachers_search(data, teacher, tmp_path):
+    artefact = tmp_path / "artefact"
+    more = ["--student", "sasrec", "--soft_items", "4", "--dropout", "0.1", "--control", "false"]
+    launched = ["--config_file", stage_path("train/accelerate/ddp.yaml").as_posix(), "--main_process_port", "0"]
+    script = stage_path("train/distill.py").as_posix()
+    argv = [sys.executable, "-m", "accelerate.commands.launch", *launched, script, *flags_of(data, teacher, artefact)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run([*argv, *more], capture_output=True, text=True, env=environment, check=False, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = sorted((tmp_path / "artefact.soft_targets").rglob("*.safetensors"))
+    assert [file.name for file in files] == ["000000.safetensors", "000001.safetensors"]
+    assert json.loads((tmp_path / "metrics.json").read_text())["outcome"]["cases"] > 0
+    # The same search by one process finds the same, and the files of two are taken for its own.
+    again = tmp_path / "again"
+    again.mkdir()
+    shutil.copytree(tmp_path / "artefact.soft_targets", again / "artefact.soft_targets")
+    before = {file.name: file.stat().st_mtime_ns for file in (again / "artefact.soft_targets").rglob("*.safetensors")}
+    call(script_of("distill"), *flags_of(data, teacher, again / "artefact"), *more)
+    after = {file.name: file.stat().st_mtime_ns for file in (again / "artefact.soft_targets").rglob("*.safetensors")}
+    assert before == after
 
 
 @pytest.mark.parametrize("method", ["slmrec", "logits"])

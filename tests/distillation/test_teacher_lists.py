@@ -1,0 +1,142 @@
+"""A teacher's lists: against the whole catalog by brute force, searched by several processes, and kept on disk."""
+
+import numpy as np
+import pytest
+import torch
+from small_teachers import language_recommender, split_of
+
+from llmrec.decoding import score_catalog
+from llmrec.distillation import teacher_lists
+from llmrec.distillation.item_distributions import training_places
+from llmrec.distillation.teacher_lists import TeacherLists
+from llmrec.exceptions import DataError
+from llmrec.prompt import Prompt
+
+
+@pytest.fixture(scope="module")
+def split():
+    return split_of()
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return language_recommender(layers=2)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("rest", ["uniform", "none"])
+def test_they_are_what_the_whole_catalog_scores(split, teacher, tmp_path, rest, temperature):
+    places = training_places(split, 8)
+    found = TeacherLists(teacher, split, places, 10, tmp_path, "weights").distributions(rest)
+    teaching, there = found.at(torch.from_numpy(places))
+    assert bool(there.all())
+    got = teaching.log_probabilities(0, 8, temperature, torch.float64)
+    for row, place in enumerate(places.tolist()):
+        begin = max(int(split.offsets[split.owner[place]]), place - 6)
+        prompt = teacher.encoder.encode(split.rows[begin:place].tolist())
+        scores = score_catalog(teacher.model, prompt, teacher._trie).numpy()
+        # With ten beams on forty items the search need not find the best ten: its own ten are looked at.
+        chosen = found.rows[row]
+        np.testing.assert_allclose(found.scores[row], scores[chosen], atol=1e-5)
+        p = np.zeros(40)
+        if rest == "uniform":
+            p[:] = (1 - np.exp(scores[chosen]).sum()) / 30
+        p[chosen] = np.exp(scores[chosen])
+        p = p ** (1 / temperature)
+        np.testing.assert_allclose(got[row].exp().numpy(), p / p.sum(), rtol=2e-5, atol=1e-9)
+
+
+def test_all_items_found_leave_no_rest(split, teacher, tmp_path):
+    places = training_places(split, 3)
+    found = TeacherLists(teacher, split, places, 60, tmp_path, "weights").distributions()
+    assert (found.rows >= 0).sum(axis=1).tolist() == [40] * 3
+    got = found.at(torch.from_numpy(places))[0].log_probabilities(0, 3, 1.0, torch.float64)
+    assert torch.isfinite(got).all()
+    torch.testing.assert_close(got.exp().sum(1), torch.ones(3, dtype=torch.float64))
+
+
+def test_a_run_that_was_stopped_goes_on_and_a_torn_file_is_made_again(split, teacher, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(teacher_lists, "_SHARD", 3)
+    places = training_places(split, 8)
+    searched = []
+    original = teacher_lists._searched
+
+    def counted(teacher, split, spans, width, events):
+        searched.append(len(spans))
+        if len(searched) == 3:
+            raise KeyboardInterrupt
+        return original(teacher, split, spans, width, events)
+
+    monkeypatch.setattr(teacher_lists, "_searched", counted)
+    with pytest.raises(KeyboardInterrupt):
+        TeacherLists(teacher, split, places, 5, tmp_path, "weights").search()
+    first = TeacherLists(teacher, split, places, 5, tmp_path, "weights").distributions()
+    assert searched == [3, 3, 2, 2]  # the last is done again, the others are not
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    assert len(files) == 3
+    files[0].write_bytes(b"torn")
+    second = TeacherLists(teacher, split, places, 5, tmp_path, "weights").distributions()
+    assert searched == [3, 3, 2, 2, 3]
+    assert "is made again" in caplog.text
+    np.testing.assert_array_equal(first.rows, second.rows)
+    np.testing.assert_array_equal(first.scores, second.scores)
+    # Of other weights, widths or places nothing is taken.
+    TeacherLists(teacher, split, places, 5, tmp_path, "other weights").search()
+    TeacherLists(teacher, split, places, 4, tmp_path, "weights").search()
+    assert searched[5:] == [3, 3, 2, 3, 3, 2]
+
+
+def test_what_does_not_fit_is_refused(split, teacher, tmp_path):
+    places = training_places(split, 3)
+    with pytest.raises(DataError, match="one item or more"):
+        TeacherLists(teacher, split, places, 0, tmp_path, "w")
+    with pytest.raises(DataError, match="Split the interactions over the teacher's own items"):
+        TeacherLists(teacher, split_of(39), places, 5, tmp_path, "w")
+    shows = language_recommender(layers=1)
+    shows.prompt = Prompt("{{ preference }} {% for item in history %}{{ item.id }}{% endfor %}")
+    with pytest.raises(DataError, match="shows preference beside the history"):
+        TeacherLists(shows, split, places, 5, tmp_path, "w")
+
+
+@pytest.mark.parametrize("processes", [2, 3, 5])
+def test_processes_share_the_search_and_none_does_what_another_did(split, teacher, tmp_path, monkeypatch, processes):
+    monkeypatch.setattr(teacher_lists, "_SHARD", 2)
+    places = training_places(split, 9)
+    alone = TeacherLists(teacher, split, places, 5, tmp_path / "alone", "weights").distributions()
+    searched = []
+    original = teacher_lists._searched
+
+    def counted(teacher, split, spans, width, events):
+        searched[-1].append([end for _, end in spans])
+        return original(teacher, split, spans, width, events)
+
+    monkeypatch.setattr(teacher_lists, "_searched", counted)
+    shared = [TeacherLists(teacher, split, places, 5, tmp_path / "shared", "weights") for _ in range(processes)]
+    for number, one in enumerate(shared):
+        searched.append([])
+        one.search(number, processes)
+    asked = [places[begin : begin + 2].tolist() for begin in range(0, 9, 2)]
+    assert searched == [asked[number::processes] for number in range(processes)]
+    searched.append([])
+    found = [one.distributions() for one in shared]
+    assert searched[-1] == []
+    for one in found:
+        np.testing.assert_array_equal(one.rows, alone.rows)
+        np.testing.assert_array_equal(one.scores, alone.scores)
+
+
+def test_what_another_machine_keeps_is_searched_here(split, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher_lists, "_SHARD", 2)
+    places = training_places(split, 5)
+    alone = TeacherLists(teacher, split, places, 5, tmp_path / "alone", "weights").distributions()
+    here = TeacherLists(teacher, split, places, 5, tmp_path / "here", "weights")
+    here.search(1, 2)
+    assert len(list((tmp_path / "here").rglob("*.safetensors"))) == 1
+    np.testing.assert_array_equal(here.distributions().rows, alone.rows)
+
+
+def test_no_places_have_no_lists(split, teacher, tmp_path):
+    lists = TeacherLists(teacher, split, np.zeros(0, np.int64), 5, tmp_path, "weights")
+    lists.search()
+    assert len(lists.distributions()) == 0
+    assert list(tmp_path.iterdir()) == []
