@@ -87,9 +87,9 @@ def main() -> None:
     report("item_tokenizers", result, ratios, before, options)
 
 
-def files_of(name: str, options: argparse.Namespace) -> tuple[Path, Path]:
-    """The item table and the interactions of a data set; those of the sample are made in its run folder."""
-    folder = options.data / name
+def folder_of(name: str, options: argparse.Namespace) -> Path:
+    """The folder that holds a data set's items and interactions; the sample's are made in its run folder."""
+    folder: Path = options.data / name
     if name == "sample":
         from llmrec.data.sample import make_sample
 
@@ -100,14 +100,15 @@ def files_of(name: str, options: argparse.Namespace) -> tuple[Path, Path]:
         table.write_parquet(folder / "items.parquet")
     if not folder.is_dir():
         sys.exit(f"There is no {name} below {options.data}. Name data sets that are there, or use --quick.")
-    return next(folder.glob("items.*")), next(folder.glob("interactions.*"))
+    return folder
 
 
 def prepared(name: str, options: argparse.Namespace) -> tuple[Path, list[str], list[str]]:
     """The data set's run folder with its text embeddings in it, and the flags of its two files."""
     runs = options.runs / name
-    table, log = files_of(name, options)
-    items, interactions = ["--items", str(table)], ["--interactions", str(log)]
+    folder = folder_of(name, options)
+    items = ["--items", str(next(folder.glob("items.*")))]
+    interactions = ["--interactions", str(next(folder.glob("interactions.*")))]
     model = ["--model", "static"] if name == "sample" else []
     stage("semantic_ids/embed.py", [*items, *interactions, *model, "--out", str(runs / "embeddings")])
     return runs, items, interactions

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from environment import add_flags, environment, report
-from item_tokenizers import ROOT, files_of, stage
+from item_tokenizers import ROOT, folder_of, stage
 
 RECIPE = "train/recipes/study_reasoning.yaml"
 KINDS = ("erl", "prl", "block")
@@ -48,15 +48,17 @@ def main() -> None:
     if options.quick:
         options.datasets, options.kinds, options.seeds = ["sample"], ["erl"], 1
         options.override = list(QUICK)
+    # The commands below run elsewhere.
+    options.data, options.runs = options.data.resolve(), options.runs.resolve()
     before = environment()
     found: dict[str, Any] = {}
     ratios: dict[str, float] = {}
     for name in options.datasets:
-        log, runs = files_of(name, options)[1], options.runs / name
+        log, runs = next(folder_of(name, options).glob("interactions.*")), options.runs / name
         study = studied(log, runs, options, most)
         steps = {kind: thought(f"{kind}-{most}", study, log, runs) for kind in options.kinds}
         found[name] = {"study": study, "steps": steps}
-        for cell, one in (study["differences"] or {"cells": {}})["cells"].items():
+        for cell, one in study["differences"]["cells"].items():
             ndcg = one["metrics"]["NDCG@10"]
             ratios[f"{name}: {cell} over none, NDCG@10"] = ndcg["after"] / max(ndcg["before"], 1e-9)
         for kind, one in steps.items():
@@ -80,6 +82,8 @@ def studied(log: Path, runs: Path, options: argparse.Namespace, most: int) -> di
     stage("train/study.py", [*flags, "--runs", str(runs)])
     document: dict[str, Any] = json.loads((runs / "results.json").read_text(encoding="utf-8"))
     document["runs"] = [run for run in document["runs"] if run["cell"] in chosen]
+    compared = document["differences"]["cells"]
+    document["differences"]["cells"] = {cell: one for cell, one in compared.items() if cell in chosen}
     left = [f"{run['cell']}, seed {run['seed']}" for run in document["runs"] if run["state"] != "done"]
     if left:
         sys.exit(f"{len(left)} runs of the study are not done, such as {left[0]}. See its log in {runs}.")
@@ -95,7 +99,7 @@ def thought(cell: str, study: Mapping[str, Any], log: Path, runs: Path) -> dict[
         if run["cell"] == cell:
             folder = runs / run["folder"]
             path = folder / "reasoning.json"
-            if not path.is_file():
+            if not path.is_file() or path.stat().st_mtime < (folder / "metrics.json").stat().st_mtime:
                 command = [sys.executable, "-m", "llmrec.cli.main", "reasoning", str(folder / "artefact")]
                 subprocess.run([*command, "--interactions", str(log), "--json", str(path)], check=True, cwd=ROOT)
             reports.append(json.loads(path.read_text(encoding="utf-8")))

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,11 +172,17 @@ class IntoItems:
             folder = self.data.soft_cache or f"{self.data.artefact.rstrip('/')}.soft_targets"
             recommender, width, identity = self.teacher.recommender, self.data.soft_items, self.teacher.identity
             lists = TeacherLists(recommender, split, places, width, folder, identity)
-            lists.search(training.process_index, training.world_size, progress=training.process_index == 0)
-            PartialState().wait_for_everyone()
-            # On the disk of another machine some may be missing still: its first process makes them.
-            with training.main_process_first(desc="the teacher's items"):
-                self._table = lists.distributions(self.data.soft_rest)
+            processes = PartialState()
+            shares = [(training.process_index, training.world_size)]
+            if training.world_size > 1:  # what other machines made may lie on their disks alone
+                local = int(os.environ.get("LOCAL_WORLD_SIZE", str(training.world_size)))
+                shares.append((training.local_process_index, local))
+            for number, count in shares:
+                missing = lists.missing()
+                processes.wait_for_everyone()  # until all have looked
+                lists.search(missing, number, count, progress=training.process_index == 0)
+                processes.wait_for_everyone()
+            self._table = lists.distributions(self.data.soft_rest)
             logger.info("soft targets of %d training interactions, %d items each", len(places), self.data.soft_items)
         return self._table
 

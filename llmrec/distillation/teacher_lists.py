@@ -1,6 +1,7 @@
 """TeacherLists: the most probable items after training histories, searched once by all processes and kept on disk."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FORMAT = "llmrec item distributions 2"
+_TENSORS = ("rows", "scores")
 _SHARD = 256  # histories of one file: what a run that was killed has to do again, and what processes share out
 
 
@@ -33,7 +35,11 @@ class TeacherLists:
 
     Histories are shown as they are served: their last `max_history` items by the artefact's prompt, with events if it
     shows them. Items of the history are candidates too. What was computed is kept in files of some hundred histories,
-    each whole or not there, in a folder whose name is a hash of all that decides them.
+    each whole or not there, in a folder whose name is a hash of what decides them: the teacher, its number type, the
+    split, the places, and what its prompt shows of items and events. Devices round differently and are not in it.
+
+    Several processes: each calls `search` with its number, all of them the same, and waits for the others; then
+    `missing` tells what is not on its disk.
 
     Attributes:
         places: (C,) the interactions.
@@ -69,29 +75,30 @@ class TeacherLists:
                 f"The teacher's prompt shows {', '.join(needed)} beside the history, which training histories do not "
                 "have here. Distil from a model whose prompt shows the history alone."
             )
-        key = hashlib.sha256(
-            "\n".join([_FORMAT, identity, split.content_hash, teacher.catalog.content_hash, str(width)]).encode()
-            + repr((teacher.settings.max_history, teacher.settings.softmax, teacher.prompt.source)).encode()
-            + np.ascontiguousarray(places, dtype="<i8").tobytes()
-        ).hexdigest()
         self.places, self.width = places, width
         self.shards = -(-len(places) // _SHARD)
-        self._teacher, self._split, self._folder = teacher, split, Path(folder) / key[:32]
+        self._teacher, self._split = teacher, split
         self._events = LoggedEvents(split) if teacher.prompt.attributes & set(EVENT_COLUMNS) else None
+        self._folder = Path(folder) / self._key(identity)
 
-    def search(self, first: int = 0, step: int = 1, progress: bool = False) -> None:
-        """Makes the files `first`, `first + step`, … that are not there: its share of one process among `step`.
+    def missing(self) -> list[int]:
+        """The files that are not there, or not whole."""
+        return [shard for shard in range(self.shards) if self._held(shard) is None]
+
+    def search(self, shards: Sequence[int], first: int = 0, step: int = 1, progress: bool = False) -> None:
+        """Makes the files `shards[first]`, `shards[first + step]`, …: the share of one process among `step`.
 
         Args:
+            shards: of `missing`, the same for all processes.
             first: the process's number.
             step: how many processes there are.
-            progress: whether a bar is shown.
+            progress: whether a bar is shown, of this process's share.
         """
-        mine = range(first, self.shards, step)
+        mine = shards[first::step]
         total = sum(len(self._places_of(shard)) for shard in mine)
         with tqdm(total=total, desc="teacher's items", unit="history", disable=not progress) as bar:
             for shard in mine:
-                self._made(shard)
+                self._make(shard, first)
                 bar.update(len(self._places_of(shard)))
 
     def distributions(self, rest: Rest = "uniform") -> ItemDistributions:
@@ -100,26 +107,62 @@ class TeacherLists:
         Args:
             rest: see `ItemDistributions`.
         """
-        found = [self._made(shard) for shard in range(self.shards)]
+        found = []
+        for shard in range(self.shards):
+            held = self._held(shard)
+            found.append(self._make(shard) if held is None else held)
         nothing = np.zeros((0, self.width))
         rows = np.concatenate([one["rows"] for one in found]) if found else nothing
         scores = np.concatenate([one["scores"] for one in found]) if found else nothing
         live = ~self._teacher.catalog.retired
         return ItemDistributions(self.places, rows.astype(np.int64), scores.astype(np.float32), live, rest)
 
+    def _key(self, identity: str) -> str:
+        """The name of the folder."""
+        teacher, split = self._teacher, self._split
+        settings, prompt, catalog = teacher.settings, teacher.prompt, teacher.catalog
+        digest = hashlib.sha256()
+        told = [_FORMAT, identity, split.content_hash, catalog.content_hash, self.width, settings.max_history]
+        told += [settings.softmax, prompt.source, str(teacher.model.dtype)]
+        shown = sorted(prompt.attributes)
+        told.append([[repr(item.get(name)) for name in shown] for item in catalog.items])
+        if self._events is not None:
+            for column in (split.actions, split.domains):
+                told.append(None if column is None else column.to_list())
+            times = split.timestamps
+            digest.update(b"" if times is None else np.ascontiguousarray(times, dtype="<f8").tobytes())
+        digest.update(json.dumps(told, default=repr).encode())
+        digest.update(np.ascontiguousarray(self.places, dtype="<i8").tobytes())
+        return digest.hexdigest()[:32]
+
     def _places_of(self, shard: int) -> Numbers:
         return self.places[shard * _SHARD : (shard + 1) * _SHARD]
 
-    def _made(self, shard: int) -> dict[str, npt.NDArray[np.generic]]:
-        """What a file holds, searched if it is not there."""
-        some, path = self._places_of(shard), self._folder / f"{shard:06d}.safetensors"
-        found = _held(path, len(some), self.width)
-        if found is None:
-            begins, most = self._split.offsets[:-1][self._split.owner], self._teacher.settings.max_history
-            spans = [(max(int(begins[place]), int(place) - most), int(place)) for place in some]
-            found = _searched(self._teacher, self._split, spans, self.width, self._events)
-            with atomic_path(path) as temporary:
-                save_file(found, temporary)
+    def _path(self, shard: int) -> Path:
+        return self._folder / f"{shard:06d}.safetensors"
+
+    def _held(self, shard: int) -> dict[str, npt.NDArray[np.generic]] | None:
+        """What a file holds; None if it has to be made."""
+        path, shape = self._path(shard), (len(self._places_of(shard)), self.width)
+        if not path.is_file():
+            return None
+        try:
+            found = load_file(path)
+        except (OSError, SafetensorError) as error:
+            logger.warning("%s cannot be read and is made again: %s", path, error)
+            return None
+        return found if {name: one.shape for name, one in found.items()} == dict.fromkeys(_TENSORS, shape) else None
+
+    def _make(self, shard: int, process: int = 0) -> dict[str, npt.NDArray[np.generic]]:
+        """Searches what a file holds, and writes it with the number of the process that did."""
+        some, split = self._places_of(shard), self._split
+        begins, most = split.offsets[split.owner[some]], self._teacher.settings.max_history
+        spans = [
+            (max(begin, place - most), place) for begin, place in zip(begins.tolist(), some.tolist(), strict=True)
+        ]
+        found = _searched(self._teacher, split, spans, self.width, self._events)
+        with atomic_path(self._path(shard)) as temporary:
+            save_file(found, temporary, {"process": str(process)})
         return found
 
 
@@ -138,19 +181,3 @@ def _searched(
     for place, (items, logs) in enumerate(zip(lists, scores, strict=True)):
         rows[place, : len(items)], values[place, : len(logs)] = items, logs
     return {"rows": rows, "scores": values}
-
-
-def _held(path: Path, count: int, width: int) -> dict[str, npt.NDArray[np.generic]] | None:
-    """A shard that lies there whole; None: it has to be made."""
-    if not path.is_file():
-        return None
-    try:
-        found = load_file(path)
-    except (OSError, SafetensorError) as error:
-        logger.warning("%s cannot be read and is made again: %s", path, error)
-        return None
-    return found if {name: one.shape for name, one in found.items()} == _shapes(count, width) else None
-
-
-def _shapes(count: int, width: int) -> dict[str, tuple[int, int]]:
-    return {"rows": (count, width), "scores": (count, width)}

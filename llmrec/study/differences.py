@@ -1,8 +1,8 @@
 """What each variant of a study changed against its reference: paired by test case, over the seeds that both have."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -10,12 +10,12 @@ import numpy.typing as npt
 from llmrec.evaluation.comparison import LEVEL
 from llmrec.evaluation.evaluation import FOLDER, Evaluation
 from llmrec.evaluation.metrics import Metric, values
-from llmrec.evaluation.uncertainty import holm, over_seeds, paired_difference
+from llmrec.evaluation.uncertainty import Table, holm, over_seeds, paired_difference
 from llmrec.exceptions import DataError
 from llmrec.study.place import RunPlace
 from llmrec.study.plan import StudyPlan
 
-_RESAMPLES = 1000
+_FEWEST, _MOST = 1000, 10_000  # resamples
 
 
 def differences(plan: StudyPlan, places: Sequence[RunPlace], seed: int = 0) -> dict[str, Any] | None:
@@ -31,88 +31,122 @@ def differences(plan: StudyPlan, places: Sequence[RunPlace], seed: int = 0) -> d
         seed: of the resampling.
 
     Returns:
-        `reference`, `level`, `tests`, `resamples`, `seed` and `cells`: by the cell's name its reference's (`against`),
-        the `seeds`, the number of `users`, and `metrics`: of each of the plan's, as far as both have its cases,
-        `before` (the reference's), `after`, `difference`, `difference interval95`, `by_seed`, `sd_over_seeds`,
-        `p_value` and `p_holm`. Without cells that can be compared it is empty; one that is of another split than its
-        reference, or whose cases are gone, stands under `not_compared` with the reason.
+        `reference`, `level`, `tests`, `resamples`, `seed`, `left_out` (sentences: seeds that cannot be paired, and
+        why) and `cells`: by the cell's name its reference's (`against`), the `seeds`, the number of `users`, and
+        `metrics`: of each of the plan's, as far as both have its cases, `cases`, `before` (the reference's), `after`,
+        `difference`, `difference interval95`, `by_seed`, `sd_over_seeds`, `p_value` and `p_holm`.
     """
     if not plan.reference:
         return None
     done = {(place.run.cell, place.run.seed): place for place in places if place.metrics() is not None}
-    pairs: dict[tuple[str, str], list[int]] = {}
+    read: dict[RunPlace, Evaluation | str] = {}
+    pairs: dict[str, list[Pair]] = {}
+    left_out: list[str] = []
     for run in plan.runs:
         against = plan.reference_of(run)
-        if run.cell != against and (run.cell, run.seed) in done and (against, run.seed) in done:
-            pairs.setdefault((run.cell, against), []).append(run.seed)
-    # Enough for the smallest p-value to survive the correction of all that may still be tested.
-    tests = max(1, (len(plan.cells) - 1) * len(plan.metrics))
-    resamples = max(_RESAMPLES, 2 * int(np.ceil(tests / LEVEL)))
+        if run.cell == against or (run.cell, run.seed) not in done or (against, run.seed) not in done:
+            continue
+        both = [_read(done[name, run.seed], read) for name in (against, run.cell)]
+        wrong = [f"{name}, seed {run.seed}: {one}" for name, one in zip((against, run.cell), both, strict=True)
+                 if isinstance(one, str)]  # fmt: skip
+        found = [one for one in both if isinstance(one, Evaluation)]
+        first = pairs[run.cell][0].before if run.cell in pairs else found[0] if found else None
+        if not wrong and first is not None and not all(_alike(first, one) for one in found):
+            wrong = [
+                f"{run.cell}, seed {run.seed}, was tested on other cases or candidates than {against}: train both on "
+                "the same interactions and split."
+            ]
+        left_out += [one for one in wrong if one not in left_out]
+        if not wrong:
+            pairs.setdefault(run.cell, []).append(Pair(run.seed, *found))
     cells: dict[str, Any] = {}
-    not_compared: dict[str, str] = {}
-    read: dict[RunPlace, Evaluation] = {}
-    for (cell, against), seeds in pairs.items():
-        try:
-            both = [[_read(done[name, one], read) for one in seeds] for name in (against, cell)]
-            cells[cell] = {"against": against, "seeds": seeds} | _compared(both, plan.metrics, resamples, seed)
-        except DataError as error:
-            not_compared[cell] = str(error)
-    found = [metric for one in cells.values() for metric in one["metrics"].values()]
-    for metric, corrected in zip(found, holm([metric["p_value"] for metric in found]), strict=True):
+    for run in plan.runs:
+        if run.cell in pairs and run.cell not in cells:
+            users = pairs[run.cell][0].before.user_places()
+            counted = pairs[run.cell][0].before.counted
+            cells[run.cell] = {
+                "against": plan.reference_of(run),
+                "seeds": [pair.seed for pair in pairs[run.cell]],
+                "users": len(np.unique(users[counted])),
+                "metrics": {},
+            }
+    resamples = _resamples((len(plan.cells) - 1) * len(plan.metrics))
+    _compare(pairs, plan.metrics, cells, resamples, seed)
+    tested = [metric for one in cells.values() for metric in one["metrics"].values()]
+    for metric, corrected in zip(tested, holm([metric["p_value"] for metric in tested]), strict=True):
         metric["p_holm"] = float(corrected)
     return {
         "reference": plan.reference,
         "level": LEVEL,
-        "tests": len(found),
+        "tests": len(tested),
         "resamples": resamples,
         "seed": seed,
+        "left_out": left_out,
         "cells": cells,
-        "not_compared": not_compared,
     }
 
 
-def _read(place: RunPlace, read: dict[RunPlace, Evaluation]) -> Evaluation:
-    """The evaluation of a run's test; every file is read once."""
+class Pair(NamedTuple):
+    """One seed's two evaluations of the same cases: the reference's and the cell's."""
+
+    seed: int
+    before: Evaluation
+    after: Evaluation
+
+
+def _resamples(tests: int) -> int:
+    """So many that a p-value which just survives the correction of all tests is seen twenty times; within bounds."""
+    return int(min(max(np.ceil(20 * tests / LEVEL), _FEWEST), max(np.ceil(2 * tests / LEVEL), _MOST)))
+
+
+def _read(place: RunPlace, read: dict[RunPlace, Evaluation | str]) -> Evaluation | str:
+    """The evaluation of a run's test, or why there is none; every file is read once."""
     if place not in read:
-        found, document = Evaluation.load(place.folder / FOLDER / f"{place.run.cell}.json")
-        # A loaded evaluation does not say what its candidates were; its document does.
-        read[place] = replace(found, facts={**found.facts, "exclude_seen": document.get("exclude_seen")})
+        path = place.folder / FOLDER / f"{place.run.cell}.json"
+        try:
+            found, document = Evaluation.load(path)
+        except DataError:
+            # Without its own words, which name this machine's folders.
+            read[place] = f"{place.folder.name}/{FOLDER} holds no evaluation that can be read. Train it again."
+        else:
+            # A loaded evaluation does not say what its candidates were; its document does.
+            read[place] = replace(found, facts={**found.facts, "exclude_seen": document.get("exclude_seen", True)})
     return read[place]
 
 
-def _compared(
-    both: Sequence[Sequence[Evaluation]], metrics: Sequence[str], resamples: int, seed: int
-) -> dict[str, Any]:
-    """`both` are the reference's evaluations and the cell's, by seed."""
-    first = both[0][0]
-    for evaluation in (one for side in both for one in side):
-        if not _alike(first, evaluation):
-            raise DataError(
-                f"{evaluation.system} and {first.system} were tested on different cases or candidates, so they cannot "
-                "be paired. Train both on the same interactions and split."
-            )
-    users = first.user_places()
-    found: dict[str, Any] = {}
-    for metric in metrics:
-        columns = [[_values(one, metric) for one in side] for side in both]
-        mask = _mask(first, metric)
-        if mask is None or not mask.any() or any(column is None for side in columns for column in side):
-            continue
-        table = np.array(columns)[:, :, mask]  # (2, S, C)
-        before, after = table.mean(axis=1)
-        gap = paired_difference(after[:, None], before[:, None], users[mask], resamples, seed)
-        by_seed = (table[1] - table[0]).mean(axis=1)
-        found[metric] = {
-            "cases": int(mask.sum()),
-            "before": float(before.mean()),
-            "after": float(after.mean()),
-            "difference": float(gap.mean[0]),
-            "difference interval95": [float(gap.low[0]), float(gap.high[0])],
-            "by_seed": by_seed.tolist(),
-            "sd_over_seeds": over_seeds(by_seed)[1],
-            "p_value": float(gap.p_value[0]),
-        }
-    return {"users": len(np.unique(users[first.counted])), "metrics": found}
+def _compare(
+    pairs: Mapping[str, Sequence[Pair]], metrics: Sequence[str], cells: dict[str, Any], resamples: int, seed: int
+) -> None:
+    """Writes every cell's metrics. All that is over the same cases is resampled at once: draws are the same anyway."""
+    together: dict[bytes, list[tuple[str, str, Table]]] = {}  # by the owners of the cases
+    for cell, some in pairs.items():
+        first = some[0].before
+        users = first.user_places()
+        for metric in metrics:
+            mask = _mask(first, metric)
+            columns = [
+                [_values(one, metric) for one in side] for side in ([p.before for p in some], [p.after for p in some])
+            ]
+            if mask is None or not mask.any() or any(column is None for side in columns for column in side):
+                continue
+            cells[cell]["metrics"][metric] = {}  # in the plan's order
+            table = np.array(columns)[:, :, mask]  # (2, S, C)
+            together.setdefault(users[mask].tobytes(), []).append((cell, metric, table))
+    for owners, found in together.items():
+        before, after = (np.stack([table[side].mean(axis=0) for *_, table in found], axis=1) for side in (0, 1))
+        gaps = paired_difference(after, before, np.frombuffer(owners, dtype=np.int64), resamples, seed)
+        for place, (cell, metric, table) in enumerate(found):
+            by_seed = (table[1] - table[0]).mean(axis=1)
+            cells[cell]["metrics"][metric] |= {
+                "cases": table.shape[2],
+                "before": float(before[:, place].mean()),
+                "after": float(after[:, place].mean()),
+                "difference": float(gaps.mean[place]),
+                "difference interval95": [float(gaps.low[place]), float(gaps.high[place])],
+                "by_seed": by_seed.tolist(),
+                "sd_over_seeds": over_seeds(by_seed)[1],
+                "p_value": float(gaps.p_value[place]),
+            }
 
 
 def _alike(one: Evaluation, other: Evaluation) -> bool:

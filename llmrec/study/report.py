@@ -43,9 +43,9 @@ def markdown(document: Mapping[str, Any]) -> str:
     lines += [_escaped(document["note"]), ""] if document["note"] else []
     lines += _lines(header, rows)
     lines += ["", *(f"- {_escaped(sentence)}" for sentence in sentences(document))]
-    if (found := document.get("differences")) and found["cells"]:
-        header, rows = difference_table(found)
-        lines += ["", f"## Against {_escaped(found['reference'])}", "", *_lines(header, rows)]
+    if (found := document.get("differences")) and (found["cells"] or found["left_out"]):
+        lines += ["", f"## Against {_escaped(found['reference'])}", ""]
+        lines += _lines(*difference_table(found)) if found["cells"] else []
         lines += ["", *(f"- {_escaped(sentence)}" for sentence in difference_sentences(found))]
     return "\n".join(lines) + "\n"
 
@@ -116,16 +116,20 @@ def difference_table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str
 
 def difference_sentences(found: Mapping[str, Any]) -> list[str]:
     """What has to be said about a study's `differences`."""
-    tests, level = found["tests"], found["level"]
-    said = [
-        "Paired by test case, each with its mean over the seeds; brackets are 95 % intervals over users, ± is the "
-        "standard deviation of the seeds' own differences.",
-        f"†: p below {level} after Holm's correction over all {tests} tests of this table. These are tests of the "
-        "trained models; how another seed would fall, ± says.",
-    ]
-    few = [name for name, cell in found["cells"].items() if len(cell["seeds"]) < 3]
+    cells, level = found["cells"], found["level"]
+    said = []
+    if cells:
+        said += [
+            "Paired by test case, each with its mean over the seeds: the difference, its 95 % interval over users "
+            "(for this figure alone), sd: the standard deviation of the seeds' own differences, and p after Holm's "
+            f"correction over all {found['tests']} tests of this table, by {found['resamples']:,} resamples. "
+            f"†: p below {level}.",
+            "Intervals and p are about which users were sampled, and hold for these trained models: what other seeds "
+            "would bring is only seen where there are several.",
+        ]
+    few = [name for name, cell in cells.items() if len(cell["seeds"]) < 3]
     said += [f"Of fewer than three seeds: {', '.join(few)}."] if few else []
-    return said + [f"{name} is not compared. {why}" for name, why in found["not_compared"].items()]
+    return said + [f"Left out: {why}" for why in found["left_out"]]
 
 
 def page(document: Mapping[str, Any], curve: str | None = None) -> Page:
@@ -150,11 +154,13 @@ def page(document: Mapping[str, Any], curve: str | None = None) -> Page:
     found.heading("All figures")
     header, rows = table(document)
     found.table(header, rows, " ".join(s for s in sentences(document) if " failed: " not in s))
-    if (changes := document.get("differences")) and changes["cells"]:
+    if (changes := document.get("differences")) and (changes["cells"] or changes["left_out"]):
         found.heading(f"Against {changes['reference']}")
-        _gaps(found, changes, metric)
-        header, rows = difference_table(changes)
-        found.table(header, rows, " ".join(difference_sentences(changes)))
+        for why in changes["left_out"]:
+            found.finding("warning", f"Left out: {why}")
+        if changes["cells"]:
+            _gaps(found, changes, metric)
+            found.table(*difference_table(changes), " ".join(difference_sentences({**changes, "left_out": []})))
     courses = [cell for cell in cells if len(_course(cell, metric)) > 1]
     if courses:
         found.heading("Validation on the way")
@@ -224,8 +230,8 @@ def _gaps(page: Page, changes: Mapping[str, Any], metric: str) -> None:
     axes.set_xlabel(f"{metric} minus that of {changes['reference']}")
     axes.grid(axis="x", alpha=0.3)
     clear = [name for name, one in shown.items() if one["p_holm"] < changes["level"]]
-    told = f"Told from chance: {', '.join(clear)}." if clear else "None can be told from chance."
-    page.figure(figure, f"{told} Strokes are single seeds.")
+    told = f"after correction clear of which users were sampled: {', '.join(clear) or 'no difference'}"
+    page.figure(figure, f"Differences in {metric}; {told}. Strokes are single seeds.")
 
 
 def _courses(page: Page, cells: Sequence[Cell], metric: str) -> None:
@@ -279,9 +285,9 @@ def _changed(one: Mapping[str, Any] | None, level: float) -> str:
     if one is None:
         return "–"
     low, high = one["difference interval95"]
-    spread = "" if one["sd_over_seeds"] is None else f", ± {one['sd_over_seeds']:.4f}"
+    spread = "" if one["sd_over_seeds"] is None else f", sd {one['sd_over_seeds']:.4f}"
     sign = " †" if one["p_holm"] < level else ""
-    return f"{one['difference']:+.4f} [{low:+.4f}, {high:+.4f}]{spread}{sign}"
+    return f"{one['difference']:+.4f} [{low:+.4f}, {high:+.4f}]{spread}, p {one['p_holm']:.3f}{sign}"
 
 
 def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

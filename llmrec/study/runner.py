@@ -97,7 +97,7 @@ class StudyRunner:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         begun = time.monotonic()
-        failed = False
+        failed = written = False
         with open(self.folder / ".lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,12 +120,13 @@ class StudyRunner:
                         "" if left is None else f" (about {duration(left)} for all that is left)",
                     )
                     failed |= not self._train(place)
-                    if self.finished is not None:
+                    written = self.signal is None  # who stops a study waits for one writing, not for two
+                    if self.finished is not None and written:
                         self.finished()
             finally:
                 for number, handler in before.items():
                     signal.signal(number, handler)
-        if self.finished is not None:
+        if self.finished is not None and not written:
             self.finished()
         if self.signal is not None:
             logger.warning("stopped by %s; the same command continues the study", self.signal.name)

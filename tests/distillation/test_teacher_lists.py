@@ -1,6 +1,9 @@
 """A teacher's lists: against the whole catalog by brute force, searched by several processes, and kept on disk."""
 
+from dataclasses import replace
+
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from small_teachers import language_recommender, split_of
@@ -69,7 +72,7 @@ def test_a_run_that_was_stopped_goes_on_and_a_torn_file_is_made_again(split, tea
 
     monkeypatch.setattr(teacher_lists, "_searched", counted)
     with pytest.raises(KeyboardInterrupt):
-        TeacherLists(teacher, split, places, 5, tmp_path, "weights").search()
+        TeacherLists(teacher, split, places, 5, tmp_path, "weights").search([0, 1, 2])
     first = TeacherLists(teacher, split, places, 5, tmp_path, "weights").distributions()
     assert searched == [3, 3, 2, 2]  # the last is done again, the others are not
     files = sorted(tmp_path.rglob("*.safetensors"))
@@ -81,8 +84,8 @@ def test_a_run_that_was_stopped_goes_on_and_a_torn_file_is_made_again(split, tea
     np.testing.assert_array_equal(first.rows, second.rows)
     np.testing.assert_array_equal(first.scores, second.scores)
     # Of other weights, widths or places nothing is taken.
-    TeacherLists(teacher, split, places, 5, tmp_path, "other weights").search()
-    TeacherLists(teacher, split, places, 4, tmp_path, "weights").search()
+    TeacherLists(teacher, split, places, 5, tmp_path, "other weights").distributions()
+    TeacherLists(teacher, split, places, 4, tmp_path, "weights").distributions()
     assert searched[5:] == [3, 3, 2, 3, 3, 2]
 
 
@@ -112,9 +115,11 @@ def test_processes_share_the_search_and_none_does_what_another_did(split, teache
 
     monkeypatch.setattr(teacher_lists, "_searched", counted)
     shared = [TeacherLists(teacher, split, places, 5, tmp_path / "shared", "weights") for _ in range(processes)]
+    missing = shared[0].missing()
+    assert missing == list(range(5))
     for number, one in enumerate(shared):
         searched.append([])
-        one.search(number, processes)
+        one.search(missing, number, processes)
     asked = [places[begin : begin + 2].tolist() for begin in range(0, 9, 2)]
     assert searched == [asked[number::processes] for number in range(processes)]
     searched.append([])
@@ -130,13 +135,39 @@ def test_what_another_machine_keeps_is_searched_here(split, teacher, tmp_path, m
     places = training_places(split, 5)
     alone = TeacherLists(teacher, split, places, 5, tmp_path / "alone", "weights").distributions()
     here = TeacherLists(teacher, split, places, 5, tmp_path / "here", "weights")
-    here.search(1, 2)
-    assert len(list((tmp_path / "here").rglob("*.safetensors"))) == 1
+    here.search(here.missing(), 1, 2)
+    assert here.missing() == [0, 2]
     np.testing.assert_array_equal(here.distributions().rows, alone.rows)
+    assert here.missing() == []
 
 
 def test_no_places_have_no_lists(split, teacher, tmp_path):
     lists = TeacherLists(teacher, split, np.zeros(0, np.int64), 5, tmp_path, "weights")
-    lists.search()
+    assert lists.missing() == []
     assert len(lists.distributions()) == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_prompt_shows_decides_the_folder(split, teacher, tmp_path):
+    """Titles, actions and times are in no hash of catalog or split, and change what the teacher reads."""
+    places = training_places(split, 3)
+
+    def folder(prompt, split=split, dtype=torch.float64, **columns):
+        shows = language_recommender(layers=1, dtype=dtype)
+        shows.prompt = Prompt(prompt)
+        shows.catalog.items[5] = {**shows.catalog.items[5], **columns}
+        return TeacherLists(shows, split, places, 2, tmp_path, "weights")._folder
+
+    titles = "{% for item in history %}{{ item.title }}{% endfor %}"
+    codes = "{% for item in history %}{{ item.id }}{% endfor %}"
+    assert folder(titles) == folder(titles) == folder(titles, brand="unseen")
+    assert folder(titles) != folder(titles, title="another")
+    assert folder(codes) == folder(codes, title="another") != folder(titles)
+    assert folder(codes) != folder(codes, dtype=torch.float32)
+    acted = "{% for item in history %}{{ item.action }}{{ item.id }}{% endfor %}"
+    told = [replace(split, actions=pl.Series([word] * len(split.rows))) for word in ("buy", "view")]
+    assert told[0].content_hash == told[1].content_hash
+    assert folder(acted, told[0]) == folder(acted, told[0]) != folder(acted, told[1])
+    assert folder(codes, told[0]) == folder(codes, told[1])
+    later = replace(split, timestamps=split.timestamps + 1)
+    assert folder(acted, split) != folder(acted, later)

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from ring import write_ring
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from llmrec import Recommender
@@ -206,17 +207,21 @@ def test_two_processes_share_the_teachers_search(data, teacher, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run([*argv, *more], capture_output=True, text=True, env=environment, check=False, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
-    files = sorted((tmp_path / "artefact.soft_targets").rglob("*.safetensors"))
-    assert [file.name for file in files] == ["000000.safetensors", "000001.safetensors"]
     assert json.loads((tmp_path / "metrics.json").read_text())["outcome"]["cases"] > 0
-    # The same search by one process finds the same, and the files of two are taken for its own.
-    again = tmp_path / "again"
-    again.mkdir()
-    shutil.copytree(tmp_path / "artefact.soft_targets", again / "artefact.soft_targets")
-    before = {file.name: file.stat().st_mtime_ns for file in (again / "artefact.soft_targets").rglob("*.safetensors")}
-    call(script_of("distill"), *flags_of(data, teacher, again / "artefact"), *more)
-    after = {file.name: file.stat().st_mtime_ns for file in (again / "artefact.soft_targets").rglob("*.safetensors")}
-    assert before == after
+    files = sorted((tmp_path / "artefact.soft_targets").rglob("*.safetensors"))
+    made = []
+    for file in files:
+        with safe_open(file, "np") as held:
+            made.append(held.metadata()["process"])
+    assert made == ["0", "1"]
+    # One process alone finds the same.
+    call(script_of("distill"), *flags_of(data, teacher, tmp_path / "alone" / "artefact"), *more)
+    others = sorted((tmp_path / "alone" / "artefact.soft_targets").rglob("*.safetensors"))
+    assert [one.relative_to(tmp_path / "alone") for one in others] == [one.relative_to(tmp_path) for one in files]
+    for one, other in zip(files, others, strict=True):
+        first, second = load_file(one), load_file(other)
+        assert torch.equal(first["rows"], second["rows"])
+        torch.testing.assert_close(first["scores"], second["scores"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["slmrec", "logits"])

@@ -11,7 +11,7 @@ from llmrec.evaluation.ranks import Ranks
 from llmrec.evaluation.uncertainty import holm, paired_difference
 from llmrec.exceptions import RecipeError
 from llmrec.study import report, results
-from llmrec.study.differences import differences
+from llmrec.study.differences import _resamples, differences
 from llmrec.study.place import RunPlace
 from llmrec.study.plan import StudyPlan
 
@@ -68,7 +68,7 @@ def test_every_number_equals_its_definition(tmp_path):
     found = differences(plan, places)
     assert list(found["cells"]) == ["one", "two"]
     assert found["tests"] == 4
-    assert not found["not_compared"]
+    assert not found["left_out"]
     p_values = []
     for cell, one in found["cells"].items():
         assert (one["against"], one["seeds"], one["users"]) == ("none", [0, 1, 2], len(set(np.array(USERS)[COUNTED])))
@@ -118,7 +118,7 @@ def test_a_cell_is_compared_with_the_reference_at_the_same_axes_and_seeds(tmp_pa
     header, rows = report.difference_table(differences(plan, places))
     assert header == ["variant", "against", "seeds", "NDCG@10", "tail HR@5"]
     assert len(rows) == 3
-    assert rows[0][:4] == ["one-depth=2", "none-depth=2", "2", "-1.0000 [-1.0000, -1.0000], ± 0.0000 †"]
+    assert rows[0][:4] == ["one-depth=2", "none-depth=2", "2", "-1.0000 [-1.0000, -1.0000], sd 0.0000, p 0.001 †"]
 
 
 @pytest.mark.parametrize(
@@ -126,25 +126,55 @@ def test_a_cell_is_compared_with_the_reference_at_the_same_axes_and_seeds(tmp_pa
     [{"split": "t"}, {"exclude_seen": False}, {"users": [f"v{case}" for case in range(CASES)]}],
     ids=["split", "candidates", "users"],
 )
-def test_what_was_tested_otherwise_is_not_compared_and_said(tmp_path, other):
-    plan, places = planned(tmp_path, seeds=(0,))
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)], ids=["all", "one of two"])
+def test_seeds_that_were_tested_otherwise_are_left_out_and_said(tmp_path, other, seeds):
+    plan, places = planned(tmp_path, seeds=seeds)
     for place in places:
-        finished(place, np.arange(CASES) % 12, **(other if place.run.cell == "two" else {}))
+        last = place.run.cell == "two" and place.run.seed == seeds[-1]
+        finished(place, np.arange(CASES) % 12, **(other if last else {}))
     found = differences(plan, places)
-    assert list(found["cells"]) == ["one"]
-    assert list(found["not_compared"]) == ["two"]
-    text = report.markdown(results.collect(plan, places))
-    assert "two is not compared. two and none were tested on different cases or candidates" in text
+    assert {cell: one["seeds"] for cell, one in found["cells"].items()} == {"one": list(seeds)} | (
+        {"two": [0]} if len(seeds) > 1 else {}
+    )
+    said = f"two, seed {seeds[-1]}, was tested on other cases or candidates than none"
+    assert len(found["left_out"]) == 1
+    assert said in found["left_out"][0]
+    document = results.collect(plan, places)
+    assert said in report.markdown(document)
+    assert said in report.page(document).render()
 
 
-def test_a_run_whose_cases_are_gone_is_not_compared(tmp_path):
-    plan, places = planned(tmp_path, seeds=(0,))
+def test_a_reference_of_another_split_than_its_own_first_seed_is_left_out(tmp_path):
+    plan, places = planned(tmp_path, seeds=(0, 1, 2))
+    for place in places:
+        finished(place, np.arange(CASES) % 12, **({"split": "t"} if place.run.seed == 1 else {}))
+    found = differences(plan, places)
+    assert {cell: one["seeds"] for cell, one in found["cells"].items()} == {"one": [0, 2], "two": [0, 2]}
+    assert [one.partition(",")[0] for one in found["left_out"]] == ["one", "two"]
+
+
+def test_a_seed_whose_cases_are_gone_is_left_out_once_and_no_folder_is_named(tmp_path):
+    plan, places = planned(tmp_path, seeds=(0, 1))
     for place in places:
         finished(place, np.arange(CASES) % 12)
-    (places[0].folder / "evaluation" / "one.parquet").unlink()
+    gone = next(place for place in places if place.run.cell == "none" and place.run.seed == 1)
+    (gone.folder / "evaluation" / "none.parquet").unlink()
     found = differences(plan, places)
-    assert list(found["cells"]) == ["two"]
-    assert "is no evaluation that can be read" in found["not_compared"]["one"]
+    assert {cell: one["seeds"] for cell, one in found["cells"].items()} == {"one": [0], "two": [0]}
+    (said,) = found["left_out"]
+    assert said.startswith(f"none, seed 1: {gone.folder.name}/evaluation holds no evaluation that can be read")
+    assert str(tmp_path) not in json.dumps(found)
+
+
+def test_where_nothing_can_be_compared_the_page_says_why(tmp_path):
+    plan, places = planned(tmp_path, seeds=(0,))
+    for place in places:
+        finished(place, np.arange(CASES) % 12, **({} if place.run.cell == "none" else {"split": "t"}))
+    document = results.collect(plan, places)
+    assert document["differences"]["cells"] == {}
+    report.write(document, tmp_path)
+    for text in ((tmp_path / "table.md").read_text(), (tmp_path / "study.html").read_text()):
+        assert text.count("was tested on other cases or candidates than none") == 2
 
 
 def test_metrics_that_were_not_evaluated_and_empty_slices_are_left_out(tmp_path):
@@ -160,8 +190,27 @@ def test_many_tests_get_as_many_resamples_as_could_show_something(tmp_path):
     for place in places:
         finished(place, np.zeros(CASES, int) if place.run.cell == "none" else np.full(CASES, -1))
     found = differences(plan, places)
-    assert found["resamples"] == 2 * 2 * len(metrics) / 0.05
+    assert found["resamples"] == 10_000  # twenty for each of the smallest p-values would be 33,600
     assert all(row["p_holm"] < 0.05 for one in found["cells"].values() for row in one["metrics"].values())
+
+
+def test_resamples_show_small_p_values_well_and_never_too_few():
+    assert [_resamples(tests) for tests in (0, 1, 3, 25, 60, 1000)] == [1000, 1000, 1200, 10_000, 10_000, 40_000]
+
+
+def test_what_is_resampled_together_is_as_if_alone(tmp_path):
+    plan, places = planned(tmp_path, metrics=("NDCG@10", "tail NDCG@10", "HR@5", "tail HR@5"))
+    rng = np.random.default_rng(5)
+    for place in places:
+        finished(place, rng.integers(-1, 15, CASES))
+    whole = differences(plan, places)
+    for metric in plan.metrics:
+        alone, there = planned(tmp_path, metrics=(metric,))
+        few = differences(alone, there)
+        for cell, one in few["cells"].items():
+            row = whole["cells"][cell]["metrics"][metric]
+            kept = {"cases", "before", "after", "difference", "by_seed", "sd_over_seeds"}
+            assert {name: row[name] for name in kept} == {name: one["metrics"][metric][name] for name in kept}
 
 
 def test_without_a_reference_there_is_nothing_and_before_the_first_pair_no_table(tmp_path):
@@ -182,9 +231,9 @@ def test_the_page_shows_what_changed_and_what_is_told_from_chance(tmp_path):
     report.write(document, tmp_path)
     text = (tmp_path / "study.html").read_text()
     assert "<h2>Against none</h2>" in text
-    assert "Told from chance: one. Strokes are single seeds." in text
-    assert "+0.5693 [+0.5693, +0.5693], ± 0.0000 †" in text
-    assert "+0.0000 [+0.0000, +0.0000], ± 0.0000" in text
+    assert "after correction clear of which users were sampled: one. Strokes are single seeds." in text
+    assert "+0.5693 [+0.5693, +0.5693], sd 0.0000, p 0.002 †" in text
+    assert "+0.0000 [+0.0000, +0.0000], sd 0.0000, p 1.000" in text
     assert "## Against none" in (tmp_path / "table.md").read_text()
 
 
