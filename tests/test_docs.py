@@ -50,7 +50,7 @@ FOREIGN = {
 TRAINER = {
     *("--gradient_checkpointing", "--per_device_train_batch_size", "--gradient_accumulation_steps", "--output_dir"),
     *("--use_cpu", "--report_to", "--save_total_limit", "--max_steps", "--use_liger_kernel"),
-    "--num_train_epochs",
+    *("--num_train_epochs", "--ddp_timeout"),
 }
 
 
