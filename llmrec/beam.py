@@ -44,11 +44,16 @@ class Beams:
         scores: (B, W) sums of log-probabilities, in the logits' dtype (at least float32).
         levels: (B, W, L) the log-probability of each level's token, under the same normalisation; 0 behind an item's
             end and where there is no item. They add up to the score.
+        drawn: (B, W) float64 the log-probability by which each item was drawn (`Draw`), and
+        perturbed: (B, W) float64 the same with its noise, in falling order; -inf where there is no item, and of
+            requests without a draw. None if no request has one.
     """
 
     items: torch.Tensor
     scores: torch.Tensor
     levels: torch.Tensor
+    drawn: torch.Tensor | None = None
+    perturbed: torch.Tensor | None = None
 
 
 def beam_search(
@@ -246,11 +251,12 @@ class _Group:
             self.key = self._child_key.flatten(1).gather(1, best)
             self.drawn = self._child_drawn.flatten(1).gather(1, best)
 
-    def results(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Items (b, w), scores (b, w) and levels (b, w, L), in the order of the result."""
+    def results(self) -> Beams:
+        """What was found, in the order of the result."""
         order = (self.rank if self.draws else self.score).sort(dim=1, descending=True, stable=True).indices
         score = self.score.gather(1, order)
         items = self.trie.item_of_leaf[self.node.gather(1, order)].long().masked_fill(~torch.isfinite(score), -1)
+        place = order
         levels = torch.zeros((*order.shape, self.trie.num_levels), dtype=score.dtype, device=score.device)
         beam = order
         for level, found, parents in reversed(self.past):
@@ -262,7 +268,12 @@ class _Group:
             items = items.gather(1, order).masked_fill(again, -1)
             score = score.gather(1, order).masked_fill(again, -torch.inf)
             levels = levels.gather(1, order.unsqueeze(-1).expand_as(levels))
-        return items, score, levels.masked_fill((items < 0).unsqueeze(-1), 0.0)
+            place = place.gather(1, order)
+        levels = levels.masked_fill((items < 0).unsqueeze(-1), 0.0)
+        if not self.draws:
+            return Beams(items, score, levels)
+        drawn, perturbed = (one.gather(1, place).masked_fill(items < 0, -torch.inf) for one in (self.drawn, self.rank))
+        return Beams(items, score, levels, drawn, perturbed)
 
 
 def _groups(
@@ -331,20 +342,27 @@ def _gathered(groups: list[_Group], batch: int) -> Beams:
     """The groups' results, as wide as the widest, in the order of the requests."""
     found = [group.results() if group.past else None for group in groups]
     if len(groups) == 1 and found[0] is not None:
-        return Beams(*found[0])
+        return found[0]
     there = [one for one in found if one is not None]
-    width = max((one[0].shape[1] for one in there), default=1)
+    width = max((one.items.shape[1] for one in there), default=1)
     depth = max(group.trie.num_levels for group in groups)
     device, dtype = groups[0].node.device, groups[0].score.dtype
     items = torch.full((batch, width), -1, dtype=torch.long, device=device)
     scores = torch.full((batch, width), -torch.inf, dtype=dtype, device=device)
     levels = torch.zeros((batch, width, depth), dtype=dtype, device=device)
+    drawn = perturbed = None
+    if any(one.drawn is not None for one in there):
+        drawn, perturbed = torch.full((2, batch, width), -torch.inf, dtype=torch.float64, device=device)
     for group, one in zip(groups, found, strict=True):
         if one is not None:
-            items[group.places, : one[0].shape[1]] = one[0]
-            scores[group.places, : one[0].shape[1]] = one[1]
-            levels[group.places, : one[0].shape[1], : one[2].shape[2]] = one[2]
-    return Beams(items, scores, levels)
+            own = one.items.shape[1]
+            items[group.places, :own] = one.items
+            scores[group.places, :own] = one.scores
+            levels[group.places, :own, : one.levels.shape[2]] = one.levels
+            for whole, part in ((drawn, one.drawn), (perturbed, one.perturbed)):
+                if whole is not None and part is not None:
+                    whole[group.places, :own] = part
+    return Beams(items, scores, levels, drawn, perturbed)
 
 
 def _score_dtype(logits: torch.Tensor) -> torch.dtype:

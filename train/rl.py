@@ -36,7 +36,16 @@ logger = logging.getLogger("llmrec.train.rl")
 
 # What of the flags decides the weights, and is kept; no path of this machine is, because artefacts are published.
 _DATA = (
-    *("cases_per_user", "max_cases", "min_case_history", "eval_users", "rollouts", "rollout_temperature", "adapter"),
+    *(
+        "cases_per_user",
+        "max_cases",
+        "min_case_history",
+        "eval_users",
+        "rollouts",
+        "rollout_temperature",
+        "group_weights",
+        "adapter",
+    ),
     *("lora_rank", "lora_alpha", "dtype"),
 )
 _TRAINING = (
@@ -179,13 +188,15 @@ def proposing(
     held, softmax = start.held, start.settings.softmax
     size = training.num_generations or 0
     check_group_size(size, data.temperature, cases, TrieTensors.of(held.catalog, softmax), True)
-    check_arguments(training, size, len(cases))
+    weighted = data.group_weights == "policy"
+    check_arguments(training, size, len(cases), weighted)
     if data.backend == "vllm":
         check_vllm()
     weights = parse_weights(data.rewards)
     rewards = build_rewards(weights, held, data.embeddings, data.collaborative, start.split.content_hash)
     model = policy(data, training, start)
     options: dict[str, Any] = {"softmax": softmax, "temperature": data.temperature, "seed": training.seed}
+    options["weighted"] = weighted
     rollouts: Rollouts
     if data.backend == "vllm":
         from llmrec.reinforcement.vllm_rollouts import VLLMRollouts

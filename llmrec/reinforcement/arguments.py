@@ -80,6 +80,13 @@ class RLArguments:
         metadata={"help": "A group's items: the best of beam search, or drawn without replacement."},
     )
     rollout_temperature: float = field(default=1.0, metadata={"help": "Of --rollouts sampled."})
+    group_weights: Literal["alike", "policy"] = field(
+        default="alike",
+        metadata={
+            "help": "What a group's items count. policy: each by its probability, over that of having been drawn, as "
+            "the gradient of the expected reward has it."
+        },
+    )
     backend: Literal["transformers", "vllm"] = field(
         default="transformers", metadata={"help": "What makes rollouts; the same items. vllm: one process."}
     )
@@ -160,7 +167,17 @@ class RLArguments:
             raise RecipeError(
                 f"The result would replace what training begins with, {self.start}. Give another --artefact."
             )
+        if self.group_weights == "policy" and self.rollouts == "sampled" and self.backend == "vllm":
+            raise RecipeError(
+                "group_weights is 'policy', and vLLM's engine does not say how likely its draws were. Say --rollouts "
+                "beams or --backend transformers."
+            )
         if method in PREFERENCES:
+            if self.group_weights != "alike":
+                raise RecipeError(
+                    f"group_weights is {self.group_weights!r}, and {METHODS[method]} has preferences, not groups. "
+                    "Leave it out."
+                )
             if self.backend == "vllm":
                 raise RecipeError(
                     f"{METHODS[method]} makes no rollouts while it trains, so vLLM has nothing to do. Leave "

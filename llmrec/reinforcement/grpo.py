@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
 from llmrec.exceptions import RecipeError
+from llmrec.reinforcement.group_weights import weighted_advantages
 from llmrec.reinforcement.item_logprobs import ItemLogProbs
 from llmrec.reinforcement.policy import shared_logprobs, token_logprobs
 from llmrec.reinforcement.rollouts import Rollouts, evaluating
@@ -48,7 +50,9 @@ class ConstrainedGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     with `scale_rewards` "group" (GRPO, arXiv 2402.03300), or as it is with "none" (Dr. GRPO, arXiv 2503.20783). The
     loss is TRL's: clipped ratios to the policy that proposed, by token or, with `importance_sampling_level`
     "sequence" (GSPO, arXiv 2507.18071), by item; plus `beta` times the k3 estimate of the divergence from the
-    reference, each token's times its ratio unless `use_bias_correction_kl` is off. `loss_type` "grpo" means over an
+    reference, each token's times its ratio unless `use_bias_correction_kl` is off. Where the rollouts weigh their
+    groups, means and deviations are weighted, and each item's advantage counts by its weight
+    (`llmrec.reinforcement.group_weights`). `loss_type` "grpo" means over an
     item's tokens, "dr_grpo" divides by the tokens of the longest item that the catalog can have. See `rollouts` for
     what it means that proposals are no plain samples.
 
@@ -102,7 +106,7 @@ class ConstrainedGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         from datasets import Dataset
 
         check_trl()
-        check_arguments(args, rollouts.group_size, len(rollouts.cases))
+        check_arguments(args, rollouts.group_size, len(rollouts.cases), rollouts.weighted)
         names = [reward.name for reward in rewards]
         if not names or len(set(names)) < len(names):
             raise RecipeError(f"The rewards are {', '.join(names) or 'none'}. Give one or more, each once.")
@@ -117,6 +121,7 @@ class ConstrainedGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         args.max_completion_length = rollouts.catalog.num_levels
         args.reward_weights = [reward.weight for reward in rewards]
         self._rollouts = rollouts
+        self._group_weights: npt.NDArray[np.float64] | None = None  # of the newest groups
         patched = model.get_base_model() if below_adapter else model
         forward = patched.__dict__.get("forward")
         with without_trl_notices():
@@ -184,6 +189,7 @@ class ConstrainedGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         chosen = places[::size]
         with self.accelerator.autocast():
             groups = self._rollouts.generate(chosen, self._step)
+        self._group_weights = groups.weights
         return {
             "prompt_ids": [self._rollouts.cases.prompts[place] for place in places],
             "completion_ids": groups.tokens,
@@ -226,8 +232,20 @@ class ConstrainedGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         """TRL's (B * G, rewards) of all processes, and the share of groups without signal."""
         found: Tensor = super()._calculate_rewards(*args, **kwargs)
         earned = (found * self.reward_weights.to(found.device)).sum(1).view(-1, self.num_generations)
+        self._earned = earned
         alike = earned.amax(1) - earned.amin(1) <= 1e-6
         self._metrics["train"]["groups_without_signal"].append(alike.float().mean().item())
+        return found
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        """TRL's, with the advantages of weighted groups in the place of its own."""
+        found = super()._generate_and_score_completions(inputs)
+        if self._group_weights is None:
+            return found
+        weights = torch.from_numpy(self._group_weights).to(self._earned)
+        begin = self.accelerator.process_index * len(weights)
+        earned = self._earned[begin : begin + len(weights)]
+        found["advantages"] = weighted_advantages(earned, weights, self.scale_rewards == "group").flatten()
         return found
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -285,8 +303,8 @@ class _EpochOrder(RepeatSampler):
         return super().__iter__()  # type: ignore[no-any-return]
 
 
-def check_arguments(args: GRPOConfig, group_size: int, num_cases: int) -> None:
-    """Raises RecipeError for arguments of TRL's that constrained groups do not go with."""
+def check_arguments(args: GRPOConfig, group_size: int, num_cases: int, weighted: bool = False) -> None:
+    """Raises RecipeError for arguments of TRL's that constrained groups, maybe weighted ones, do not go with."""
     refused = {
         "loss_type": (args.loss_type not in ("grpo", "dr_grpo"), "Choose grpo or dr_grpo"),
         "use_vllm": (args.use_vllm, "Rollouts are given to the trainer: give it those of vLLM"),
@@ -317,6 +335,13 @@ def check_arguments(args: GRPOConfig, group_size: int, num_cases: int) -> None:
         raise RecipeError(
             f"importance_sampling_level 'sequence' (GSPO) came with the loss_type {args.loss_type!r}, which counts an "
             "item's tokens. Say grpo there."
+        )
+    apart = (args.scale_rewards, args.multi_objective_aggregation)
+    if weighted and (apart[0] not in ("group", "none") or apart[1] != "sum_then_normalize"):
+        raise RecipeError(
+            f"Weighted groups are compared each by itself and by the sum of their rewards, and scale_rewards is "
+            f"{apart[0]!r}, multi_objective_aggregation {apart[1]!r}. Say group or none, and sum_then_normalize, or "
+            "let items count alike."
         )
     size = args.per_device_train_batch_size * args.steps_per_generation
     if size % group_size:

@@ -6,8 +6,11 @@ gradient: each item counts 1 / G where the policy gradient would count it by its
 reaches do not count. Probability moves among the items at the top of the list, which is what a ranking is judged by.
 **Draws** (a temperature) are a sample without replacement, by stochastic beam search (Kool, van Hoof and Welling 2019,
 arXiv 1903.06059), from the policy renormalised over the continuations that the catalog allows, at that temperature.
-Every item is met with some probability. They count alike, too, and are not divided by their probabilities of being in
-the group, as the paper's estimator would: against the policy gradient, items of small probability weigh too much.
+Every item is met with some probability. If they count alike, too, items of small probability weigh too much against
+the policy gradient.
+
+`weighted` gives every item what it counts by the policy (`llmrec.reinforcement.group_weights`): draws then estimate
+the gradient of the expected reward, and beams that of the expected reward among the items they found.
 
 In both kinds log-probabilities are those of the policy's own softmax (`Settings.softmax`) at temperature 1, and not
 those of the renormalised distribution that the items were found by.
@@ -15,7 +18,7 @@ those of the renormalised distribution that the items were found by.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -25,6 +28,7 @@ import torch
 from llmrec.catalog import Catalog, Softmax
 from llmrec.decoding import decode
 from llmrec.exceptions import BackboneError, RecipeError
+from llmrec.reinforcement.group_weights import group_weights
 from llmrec.selection import Draw
 from llmrec.trie_tensors import TrieTensors
 
@@ -43,14 +47,21 @@ class Groups:
         items: (B, G) int64 catalog rows, all live, no row twice in a group; the best (or first drawn) first.
         tokens: B * G lists, group by group: the token ids that spell each item, and nothing behind its end.
         logprobs: B * G lists: the log-probability of each of these tokens under the policy's own softmax.
+        weights: (B, G) what each item counts, adding up to 1 in a group; None: all alike.
     """
 
     items: npt.NDArray[np.int64]
     tokens: list[list[int]] = field(repr=False)
     logprobs: list[list[float]] = field(repr=False)
+    weights: npt.NDArray[np.float64] | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, items: npt.NDArray[np.int64], levels: npt.NDArray[np.float64], catalog: Catalog) -> "Groups":
+    def of(
+        cls,
+        items: npt.NDArray[np.int64],
+        levels: npt.NDArray[np.float64],
+        catalog: Catalog,
+    ) -> "Groups":
         """Of the rows that a search found and the log-probabilities (B, G, L) of their levels.
 
         Raises:
@@ -84,6 +95,7 @@ class Rollouts(Protocol):
         catalog: of the items.
         group_size: G, items per case.
         softmax: what the policy's probabilities are over (`Settings.softmax`).
+        weighted: whether groups say what each item counts.
     """
 
     model: Any
@@ -91,6 +103,7 @@ class Rollouts(Protocol):
     catalog: Catalog
     group_size: int
     softmax: Softmax
+    weighted: bool
 
     def generate(self, chosen: Sequence[int], step: int = 0) -> Groups:
         """Groups for the cases at these places, in this order; `step` makes draws differ from one to the next."""
@@ -115,6 +128,7 @@ class TransformersRollouts:
         temperature: float | None = None,
         exclude_seen: bool = True,
         seed: int = 0,
+        weighted: bool = False,
         cached_tokens: int = _CACHED_TOKENS,
     ) -> None:
         """
@@ -127,6 +141,7 @@ class TransformersRollouts:
             temperature: of draws; None for beams.
             exclude_seen: whether items of a case's history are no candidates, as serving has it.
             seed: of draws, see `draw_seed`.
+            weighted: whether each item counts by the policy, and not all alike.
             cached_tokens: tokens, of prompts and beams, that one search may hold at once.
 
         Raises:
@@ -134,7 +149,7 @@ class TransformersRollouts:
         """
         self.model, self.catalog, self.cases, self.group_size = model, catalog, cases, group_size
         self.temperature, self.exclude_seen, self.seed = temperature, exclude_seen, seed
-        self.softmax, self._cached_tokens = softmax, cached_tokens
+        self.softmax, self.weighted, self._cached_tokens = softmax, weighted, cached_tokens
         self._trie = TrieTensors.of(catalog, softmax, model.device)
         check_group_size(group_size, temperature, cases, self._trie, exclude_seen)
 
@@ -150,21 +165,33 @@ class TransformersRollouts:
             self._trie = TrieTensors.of(self.catalog, self.softmax, model.device)
         items = np.full((len(chosen), self.group_size), -1, dtype=np.int64)
         levels = np.zeros((*items.shape, self._trie.num_levels))
+        drawn, threshold = np.zeros(items.shape), np.full(len(chosen), -np.inf)
         lengths = [len(self.cases.prompts[case]) for case in chosen]
+        # Of a weighted draw also the first item that is not in the group: it says how likely the others were.
+        width = self.group_size + int(self.weighted and self.temperature is not None)
         with evaluating(self.model):
-            for places in batches(lengths, self.group_size * self._trie.num_levels, self._cached_tokens):
+            for places in batches(lengths, width * self._trie.num_levels, self._cached_tokens):
                 asked = [chosen[place] for place in places]
                 found = decode(
                     model,
                     [self.cases.prompts[case] for case in asked],
                     self._trie,
-                    self.group_size,
+                    width,
                     excluded_rows(self.cases, asked, self.exclude_seen),
                     draws=draws_of(self.temperature, self.seed, step, asked),
                 )
-                items[places] = found.items.cpu().numpy()
-                levels[places] = found.levels.double().cpu().numpy()
-        return Groups.of(items, levels, self.catalog)
+                own = slice(0, self.group_size)
+                items[places] = found.items[:, own].cpu().numpy()
+                levels[places] = found.levels[:, own].double().cpu().numpy()
+                if width > self.group_size and found.drawn is not None and found.perturbed is not None:
+                    drawn[places] = found.drawn[:, own].cpu().numpy()
+                    if found.items.shape[1] == width:
+                        threshold[places] = found.perturbed[:, -1].cpu().numpy()
+        groups = Groups.of(items, levels, self.catalog)
+        if not self.weighted:
+            return groups
+        draw = () if self.temperature is None else (drawn, threshold)
+        return replace(groups, weights=group_weights(levels.sum(axis=2), *draw))
 
 
 def check_group_size(

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -20,6 +21,7 @@ from llmrec.engine.plugin import ARCHITECTURES, INDEX, INDEX_FOLDER, MAX_BEAMS, 
 from llmrec.engine.request import OK, Found, SearchParameters
 from llmrec.environment import DEFAULT_KV_CACHE_GIB
 from llmrec.exceptions import EngineError, RecipeError
+from llmrec.reinforcement.group_weights import group_weights
 from llmrec.reinforcement.rollouts import Groups, check_group_size, draws_of, excluded_rows
 from llmrec.reinforcement.versions import check_vllm
 from llmrec.selection import Draw
@@ -57,6 +59,7 @@ class VLLMRollouts:
         temperature: float | None = None,
         exclude_seen: bool = True,
         seed: int = 0,
+        weighted: bool = False,
         dtype: str = "float32",
         max_num_seqs: int = 64,
         kv_cache_gib: int = DEFAULT_KV_CACHE_GIB,
@@ -66,7 +69,8 @@ class VLLMRollouts:
         Args:
             model: the policy, a causal LM in whole or half precision, maybe in PEFT's wrapper.
             artefact: the folder that training starts from, for the model's shape; its weights are replaced.
-            catalog, cases, group_size, softmax, temperature, exclude_seen, seed: see `TransformersRollouts`.
+            catalog, cases, group_size, softmax, temperature, exclude_seen, seed, weighted: see `TransformersRollouts`;
+                draws are not weighted.
             dtype: that the engine computes in.
             max_num_seqs: prompts that are searched together, at most.
             kv_cache_gib: memory for keys and values on a CPU.
@@ -75,7 +79,7 @@ class VLLMRollouts:
         Raises:
             DependencyError: if vLLM is missing or of another series than the engine was made for.
             RecipeError: if a case has fewer than G items that may be proposed, the policy is quantised, a prompt
-                leaves no room for an item, or training has several processes.
+                leaves no room for an item, training has several processes, or draws are to be weighted.
             EngineError: if the engine does not start.
         """
         check_vllm()
@@ -84,6 +88,11 @@ class VLLMRollouts:
             raise RecipeError(
                 f"Training has {processes} processes, and vLLM's engine makes rollouts for one. Start it with one, "
                 "or make rollouts with transformers."
+            )
+        if weighted and temperature is not None:
+            raise RecipeError(
+                "vLLM's engine does not say how likely its draws were, so they cannot be weighted. Take beams, or "
+                "make rollouts with transformers."
             )
         if is_quantised(model):
             raise RecipeError(
@@ -107,6 +116,7 @@ class VLLMRollouts:
             softmax,
         )
         self.temperature, self.exclude_seen, self.seed = temperature, exclude_seen, seed
+        self.weighted = weighted
         config = json.loads((Path(artefact) / "config.json").read_text(encoding="utf-8"))
         (architecture,) = config["architectures"]
         self._folder = tempfile.TemporaryDirectory(prefix="llmrec-rollouts-")
@@ -191,7 +201,8 @@ class VLLMRollouts:
             found = Found.unpack(packed)
             items[place, : len(found.rows)] = found.rows
             levels[place, : len(found.rows)] = found.levels
-        return Groups.of(items, levels, self.catalog)
+        groups = Groups.of(items, levels, self.catalog)
+        return replace(groups, weights=group_weights(levels.sum(axis=2))) if self.weighted else groups
 
     def _synchronise(self) -> None:
         """Puts the policy's weights into the engine."""

@@ -19,7 +19,9 @@ from llmrec.reinforcement.rollouts import TransformersRollouts
 def trainer_of(folder, recommender, cases, rewards, *, size=4, model=None, reference=None, callbacks=(), **options):
     """A trainer; options of rollouts are `temperature`s of draws and `exclude_seen`, the others TRL's."""
     model = recommender.model if model is None else model
-    ours = {name: options.pop(name) for name in ("draws_at", "exclude_seen", "optimizers") if name in options}
+    ours = {
+        name: options.pop(name) for name in ("draws_at", "exclude_seen", "weighted", "optimizers") if name in options
+    }
     rollouts = TransformersRollouts(
         model,
         recommender.catalog,
@@ -28,6 +30,7 @@ def trainer_of(folder, recommender, cases, rewards, *, size=4, model=None, refer
         softmax=recommender.settings.softmax,
         temperature=ours.get("draws_at"),
         exclude_seen=ours.get("exclude_seen", True),
+        weighted=ours.get("weighted", False),
     )
     return ConstrainedGRPOTrainer(
         model,

@@ -21,10 +21,11 @@ def lines_of(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(checkout, tmp_path):
-    one = train(tmp_path / "one", 32)
+@pytest.mark.parametrize("counted", ["alike", "weighted"])
+def test_two_processes_train_as_one(checkout, tmp_path, counted):
+    one = train(tmp_path / "one", 32, counted == "weighted")
     argv = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "train/accelerate/ddp.yaml"]
-    argv += ["--main_process_port", "0", "--num_processes", "2", str(SCRIPT), str(tmp_path / "two"), "16"]
+    argv += ["--main_process_port", "0", "--num_processes", "2", str(SCRIPT), str(tmp_path / "two"), "16", counted]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(argv, capture_output=True, text=True, env=environment, cwd=checkout, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

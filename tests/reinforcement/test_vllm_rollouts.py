@@ -62,7 +62,10 @@ def compare(folder):
         after = engine.generate(chosen)
         assert (after.items != before.items).any()
         close(TransformersRollouts(model, catalog, cases, GROUP, **options).generate(chosen), after)
-        engine.temperature = 1.3
+        engine.weighted = True
+        weighted = TransformersRollouts(model, catalog, cases, GROUP, weighted=True, **options).generate(chosen)
+        np.testing.assert_allclose(engine.generate(chosen).weights, weighted.weights, atol=1e-4)
+        engine.weighted, engine.temperature = False, 1.3
         drawn = TransformersRollouts(model, catalog, cases, GROUP, temperature=1.3, seed=3, **options)
         close(drawn.generate(chosen, step=2), engine.generate(chosen, step=2))
         engine.temperature, adapted = None, adapted_of(model, recommender)
@@ -105,6 +108,8 @@ def test_what_the_engine_cannot_do_is_refused_before_it_starts(tmp_path, monkeyp
     monkeypatch.setattr("llmrec.reinforcement.vllm_rollouts.check_vllm", lambda: None)
     with pytest.raises(RecipeError, match=r"items to propose.*smaller groups"):
         VLLMRollouts(*given, 40)
+    with pytest.raises(RecipeError, match="how likely its draws were"):
+        VLLMRollouts(*given, 4, temperature=1.0, weighted=True)
     monkeypatch.setitem(cases.__dict__, "prompts", [[1] * 127, *cases.prompts[1:]])
     with pytest.raises(RecipeError, match=r"130 tokens.*128 positions"):
         VLLMRollouts(*given, 4)

@@ -12,7 +12,7 @@ from llmrec.reinforcement.grpo import ConstrainedGRPOTrainer
 from llmrec.reinforcement.rollouts import TransformersRollouts
 
 
-def train(folder: Path, batch: int) -> ConstrainedGRPOTrainer:
+def train(folder: Path, batch: int, weighted: bool) -> ConstrainedGRPOTrainer:
     """Eight cases of four items a step, `batch` items of them in this process."""
     recommender = policy("semantic_ids")
     args = arguments(
@@ -26,9 +26,8 @@ def train(folder: Path, batch: int) -> ConstrainedGRPOTrainer:
         learning_rate=0.1,
     )
     cases = cases_of(recommender, 24)
-    rollouts = TransformersRollouts(
-        recommender.model, recommender.catalog, cases, 4, softmax="semantic_ids", temperature=1.5
-    )
+    how = {"softmax": "semantic_ids", "temperature": 1.5, "weighted": weighted}
+    rollouts = TransformersRollouts(recommender.model, recommender.catalog, cases, 4, **how)
     rewards = [Reward("mixed", 1.0, mixed), Reward("exact", 0.5, exact)]
     trainer = ConstrainedGRPOTrainer(recommender.model, args, rollouts, rewards, tokenizer=recommender.tokenizer)
     trainer.train()
@@ -36,7 +35,7 @@ def train(folder: Path, batch: int) -> ConstrainedGRPOTrainer:
 
 
 if __name__ == "__main__":
-    trained = train(Path(sys.argv[1]), int(sys.argv[2]))
+    trained = train(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "weighted")
     if trained.accelerator.is_main_process:
         model = trained.accelerator.unwrap_model(trained.model)
         save_file({name: one.clone() for name, one in weights(model).items()}, Path(sys.argv[1]) / "end.safetensors")

@@ -420,6 +420,15 @@ def strange(data, start, tmp_path_factory):
         (["--temperature", "0.7"], "Draws have a temperature of their own"),
         (["--rollout_temperature", "0.7"], "beams have none"),
         (["--rollouts", "sampled", "--rollout_temperature", "0"], "rollout_temperature is 0"),
+        (["--group_weights", "policy", "--method", "sdpo"], "S-DPO has preferences, not groups"),
+        (
+            ["--group_weights", "policy", "--rollouts", "sampled", "--backend", "vllm"],
+            "does not say how likely its draws were",
+        ),
+        (
+            ["--group_weights", "policy", "--multi_objective_aggregation", "normalize_then_sum"],
+            "Say group or none, and sum_then_normalize",
+        ),
         (["--loss_type", "dr_grpo"], "--method grpo"),
         (["--use_vllm", "true"], "Say --backend vllm"),
         (["--reward_weights", "1", "0.5"], "--reward_weights is [1.0, 0.5], and nothing here reads it. Say --rewards"),
