@@ -16,6 +16,7 @@ Beside the artefact are written metrics.json, rl.html, and evaluation/ for `llmr
 Flags override the recipe. An interrupted run continues from its newest whole checkpoint; `--fresh` begins anew.
 """
 
+import hashlib
 import logging
 from contextlib import ExitStack
 from pathlib import Path
@@ -231,6 +232,7 @@ def preferring(
     from llmrec.reinforcement.preference_trainer import PreferenceTrainer
     from llmrec.reinforcement.preferences import PreferenceCases, hard_negatives, uniform_negatives
     from llmrec.reinforcement.rollouts import TransformersRollouts, check_group_size
+    from llmrec.training.kept_shards import KeptShards
     from llmrec.trie_tensors import TrieTensors
 
     catalog, softmax = start.held.catalog, start.settings.softmax
@@ -242,8 +244,26 @@ def preferring(
     else:
         options: dict[str, Any] = {"softmax": softmax, "temperature": data.temperature, "seed": training.seed}
         rollouts = TransformersRollouts(model.to(training.device), catalog, cases, count + 1, **options)
-        # The first process's: near ties may fall otherwise on another device.
-        negatives = agreed(hard_negatives(cases, rollouts, count, progress=not training.disable_tqdm))
+        # Learning rates and the like may change: the same model proposes the same.
+        told = [
+            cases.content_hash,
+            start.weights_hash,
+            catalog.content_hash,
+            count,
+            data.dtype,
+            sorted(options.items()),
+        ]
+        key = hashlib.sha256(repr(told).encode()).hexdigest()[:32]
+        kept = KeptShards(
+            Path(f"{data.artefact.rstrip('/')}.negatives") / key,
+            len(cases),
+            lambda begin, end: {"items": hard_negatives(cases, rollouts, count, begin=begin, end=end)},
+            {"items": count},
+            "negatives",
+        )
+        kept.share_out(training)
+        # The first process's: on disks of their own, near ties may fall otherwise on another device.
+        negatives = agreed(kept.load()["items"])
     logger.info("%s on %s cases, %d %s negative(s)", training.method, f"{len(cases):,}", count, data.negative_source)
 
     def make(callbacks: Any) -> Any:

@@ -2,13 +2,11 @@
 
 import copy
 import logging
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from accelerate import PartialState
 
 from llmrec.distillation.arguments import SEQUENCE_STUDENTS, DistillArguments, StudentArguments
 from llmrec.distillation.asked_windows import AskedWindows
@@ -172,16 +170,7 @@ class IntoItems:
             folder = self.data.soft_cache or f"{self.data.artefact.rstrip('/')}.soft_targets"
             recommender, width, identity = self.teacher.recommender, self.data.soft_items, self.teacher.identity
             lists = TeacherLists(recommender, split, places, width, folder, identity)
-            processes = PartialState()
-            shares = [(training.process_index, training.world_size)]
-            if training.world_size > 1:  # what other machines made may lie on their disks alone
-                local = int(os.environ.get("LOCAL_WORLD_SIZE", str(training.world_size)))
-                shares.append((training.local_process_index, local))
-            for number, count in shares:
-                missing = lists.missing()
-                processes.wait_for_everyone()  # until all have looked
-                lists.search(missing, number, count, progress=training.process_index == 0)
-                processes.wait_for_everyone()
+            lists.kept.share_out(training)
             self._table = lists.distributions(self.data.soft_rest)
             logger.info("soft targets of %d training interactions, %d items each", len(places), self.data.soft_items)
         return self._table

@@ -1,54 +1,49 @@
-"""TeacherLists: the most probable items after training histories, searched once by all processes and kept on disk."""
+"""TeacherLists: a language model's most probable items after training histories, as they are kept on disk."""
 
 import hashlib
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
-from tqdm.auto import tqdm
 
 from llmrec.distillation.item_distributions import ItemDistributions, Numbers, Rest
 from llmrec.exceptions import DataError
 from llmrec.prompt import EVENT_COLUMNS
-from llmrec.storage import atomic_path
 from llmrec.tasks.events import LoggedEvents
+from llmrec.training.kept_shards import SHARD, Arrays, KeptShards
 
 if TYPE_CHECKING:
     from llmrec.data.split import Split
     from llmrec.recommender import Recommender
 
-logger = logging.getLogger(__name__)
-
 _FORMAT = "llmrec item distributions 2"
-_TENSORS = ("rows", "scores")
-_SHARD = 256  # histories of one file: what a run that was killed has to do again, and what processes share out
 
 
 class TeacherLists:
     """A language model's most probable items after the histories of training interactions.
 
     Histories are shown as they are served: their last `max_history` items by the artefact's prompt, with events if it
-    shows them. Items of the history are candidates too. What was computed is kept in files of some hundred histories,
-    each whole or not there, in a folder whose name is a hash of what decides them: the teacher, its number type, the
-    split, the places, and what its prompt shows of items and events. Devices round differently and are not in it.
-
-    Several processes: each calls `search` with its number, all of them the same, and waits for the others; then
-    `missing` tells what is not on its disk.
+    shows them. Items of the history are candidates too. The files lie in a folder whose name is a hash of what decides
+    them: the teacher, its number type, the split, the places, and what its prompt shows of items and events. Devices
+    round differently and are not in it.
 
     Attributes:
         places: (C,) the interactions.
         width: W, of items and of beams.
-        shards: how many files there are when all is done.
+        kept: the files.
     """
 
     def __init__(
-        self, teacher: "Recommender", split: "Split", places: Numbers, width: int, folder: str | Path, identity: str
+        self,
+        teacher: "Recommender",
+        split: "Split",
+        places: Numbers,
+        width: int,
+        folder: str | Path,
+        identity: str,
+        size: int = SHARD,
     ) -> None:
         """
         Args:
@@ -58,6 +53,7 @@ class TeacherLists:
             width: W.
             folder: holds a folder per content.
             identity: of the teacher's weights, such as their hash.
+            size: histories of a file.
 
         Raises:
             DataError: if the teacher's items are not the split's, its prompt shows more than a history and its events,
@@ -76,30 +72,11 @@ class TeacherLists:
                 "have here. Distil from a model whose prompt shows the history alone."
             )
         self.places, self.width = places, width
-        self.shards = -(-len(places) // _SHARD)
         self._teacher, self._split = teacher, split
         self._events = LoggedEvents(split) if teacher.prompt.attributes & set(EVENT_COLUMNS) else None
-        self._folder = Path(folder) / self._key(identity)
-
-    def missing(self) -> list[int]:
-        """The files that are not there, or not whole."""
-        return [shard for shard in range(self.shards) if self._held(shard) is None]
-
-    def search(self, shards: Sequence[int], first: int = 0, step: int = 1, progress: bool = False) -> None:
-        """Makes the files `shards[first]`, `shards[first + step]`, …: the share of one process among `step`.
-
-        Args:
-            shards: of `missing`, the same for all processes.
-            first: the process's number.
-            step: how many processes there are.
-            progress: whether a bar is shown, of this process's share.
-        """
-        mine = shards[first::step]
-        total = sum(len(self._places_of(shard)) for shard in mine)
-        with tqdm(total=total, desc="teacher's items", unit="history", disable=not progress) as bar:
-            for shard in mine:
-                self._make(shard, first)
-                bar.update(len(self._places_of(shard)))
+        columns = {"rows": width, "scores": width}
+        kept = Path(folder) / self._key(identity)
+        self.kept = KeptShards(kept, len(places), self._search, columns, "teacher's items", size)
 
     def distributions(self, rest: Rest = "uniform") -> ItemDistributions:
         """All lists as distributions; what is not on this disk is searched first.
@@ -107,15 +84,9 @@ class TeacherLists:
         Args:
             rest: see `ItemDistributions`.
         """
-        found = []
-        for shard in range(self.shards):
-            held = self._held(shard)
-            found.append(self._make(shard) if held is None else held)
-        nothing = np.zeros((0, self.width))
-        rows = np.concatenate([one["rows"] for one in found]) if found else nothing
-        scores = np.concatenate([one["scores"] for one in found]) if found else nothing
-        live = ~self._teacher.catalog.retired
-        return ItemDistributions(self.places, rows.astype(np.int64), scores.astype(np.float32), live, rest)
+        found, live = self.kept.load(), ~self._teacher.catalog.retired
+        rows, scores = found["rows"].astype(np.int64), found["scores"].astype(np.float32)
+        return ItemDistributions(self.places, rows, scores, live, rest)
 
     def _key(self, identity: str) -> str:
         """The name of the folder."""
@@ -135,35 +106,13 @@ class TeacherLists:
         digest.update(np.ascontiguousarray(self.places, dtype="<i8").tobytes())
         return digest.hexdigest()[:32]
 
-    def _places_of(self, shard: int) -> Numbers:
-        return self.places[shard * _SHARD : (shard + 1) * _SHARD]
-
-    def _path(self, shard: int) -> Path:
-        return self._folder / f"{shard:06d}.safetensors"
-
-    def _held(self, shard: int) -> dict[str, npt.NDArray[np.generic]] | None:
-        """What a file holds; None if it has to be made."""
-        path, shape = self._path(shard), (len(self._places_of(shard)), self.width)
-        if not path.is_file():
-            return None
-        try:
-            found = load_file(path)
-        except (OSError, SafetensorError) as error:
-            logger.warning("%s cannot be read and is made again: %s", path, error)
-            return None
-        return found if {name: one.shape for name, one in found.items()} == dict.fromkeys(_TENSORS, shape) else None
-
-    def _make(self, shard: int, process: int = 0) -> dict[str, npt.NDArray[np.generic]]:
-        """Searches what a file holds, and writes it with the number of the process that did."""
-        some, split = self._places_of(shard), self._split
+    def _search(self, begin: int, end: int) -> Arrays:
+        some, split = self.places[begin:end], self._split
         begins, most = split.offsets[split.owner[some]], self._teacher.settings.max_history
         spans = [
             (max(begin, place - most), place) for begin, place in zip(begins.tolist(), some.tolist(), strict=True)
         ]
-        found = _searched(self._teacher, split, spans, self.width, self._events)
-        with atomic_path(self._path(shard)) as temporary:
-            save_file(found, temporary, {"process": str(process)})
-        return found
+        return _searched(self._teacher, split, spans, self.width, self._events)
 
 
 def _searched(
@@ -172,7 +121,7 @@ def _searched(
     spans: Sequence[tuple[int, int]],
     width: int,
     events: LoggedEvents | None,
-) -> dict[str, npt.NDArray[np.generic]]:
+) -> Arrays:
     histories = [split.rows[begin:end].tolist() for begin, end in spans]
     told = None if events is None else [events.between(begin, end) for begin, end in spans]
     lists, scores = teacher.recommend_rows(histories, width, exclude_seen=False, num_beams=width, events=told)

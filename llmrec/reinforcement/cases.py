@@ -1,5 +1,6 @@
 """RolloutCases: training interactions as questions, each with the prompt that serving would ask it by."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
@@ -41,6 +42,15 @@ class RolloutCases:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    @property
+    def content_hash(self) -> str:
+        """A hash of what is asked and what was taken: prompts, histories and targets."""
+        digest = hashlib.sha256(np.asarray(self.targets, dtype="<i8").tobytes())
+        for prompt, history in zip(self.prompts, self.histories, strict=True):
+            asked = [len(prompt), *prompt, len(history), *history.tolist()]
+            digest.update(np.asarray(asked, dtype="<i8").tobytes())
+        return digest.hexdigest()[:32]
 
     def select(self, chosen: Sequence[int] | Rows) -> Self:
         """The cases at these places, in this order."""

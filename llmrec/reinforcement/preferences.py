@@ -94,7 +94,7 @@ def uniform_negatives(
 
 
 def hard_negatives(
-    cases: RolloutCases, rollouts: Proposing, count: int, batch_size: int = 64, progress: bool = False
+    cases: RolloutCases, rollouts: Proposing, count: int, batch_size: int = 64, begin: int = 0, end: int | None = None
 ) -> Rows:
     """What a model proposes for each case and was not taken: the first of its group that are not the target.
 
@@ -103,24 +103,20 @@ def hard_negatives(
         rollouts: of the starting model, of groups of `count` + 1 items or more.
         count: n, at least 1.
         batch_size: cases at once.
-        progress: whether to show a bar.
+        begin, end: the cases that are asked; all by default.
 
     Returns:
-        (C, n) int64 catalog rows, in the order of the groups: of beams the most probable first.
+        (end - begin, n) int64 catalog rows, in the order of the groups: of beams the most probable first.
 
     Raises:
         RecipeError: if count is below 1, or the groups are too small.
         BackboneError: if a group names an item twice, or what is none.
     """
     _check_count(count)
-    found = np.empty((len(cases), count), dtype=np.int64)
-    begins: Any = range(0, len(cases), batch_size)
-    if progress:
-        from tqdm.auto import tqdm
-
-        begins = tqdm(begins, desc="negatives", unit="batch")
-    for begin in begins:
-        places = range(begin, min(begin + batch_size, len(cases)))
+    last = len(cases) if end is None else end
+    found = np.empty((last - begin, count), dtype=np.int64)
+    for first in range(begin, last, batch_size):
+        places = range(first, min(first + batch_size, last))
         items = np.asarray(rollouts.generate(list(places)).items, dtype=np.int64)  # (B, G)
         if items.shape[1] <= count:
             raise RecipeError(
@@ -130,10 +126,10 @@ def hard_negatives(
         ascending = np.sort(items, axis=1)
         if ascending[:, 0].min() < 0 or (ascending[:, 1:] == ascending[:, :-1]).any():
             raise BackboneError("A group names an item twice, or what is none. Use rollouts of this catalog.")
-        wrong = items != cases.targets[begin : begin + len(items), None]
+        wrong = items != cases.targets[places.start : places.stop, None]
         # Wrong ones first, each kind in the group's order.
         order = np.argsort(~wrong, axis=1, kind="stable")[:, :count]
-        found[begin : begin + len(items)] = np.take_along_axis(items, order, axis=1)
+        found[places.start - begin : places.stop - begin] = np.take_along_axis(items, order, axis=1)
     return found
 
 

@@ -58,35 +58,32 @@ def test_all_items_found_leave_no_rest(split, teacher, tmp_path):
     torch.testing.assert_close(got.exp().sum(1), torch.ones(3, dtype=torch.float64))
 
 
-def test_a_run_that_was_stopped_goes_on_and_a_torn_file_is_made_again(split, teacher, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(teacher_lists, "_SHARD", 3)
+def test_files_are_kept_of_these_weights_this_width_and_these_places_alone(split, teacher, tmp_path, monkeypatch):
     places = training_places(split, 8)
     searched = []
     original = teacher_lists._searched
 
     def counted(teacher, split, spans, width, events):
-        searched.append(len(spans))
-        if len(searched) == 3:
-            raise KeyboardInterrupt
+        searched.append([end for _, end in spans])
         return original(teacher, split, spans, width, events)
 
     monkeypatch.setattr(teacher_lists, "_searched", counted)
-    with pytest.raises(KeyboardInterrupt):
-        TeacherLists(teacher, split, places, 5, tmp_path, "weights").search([0, 1, 2])
-    first = TeacherLists(teacher, split, places, 5, tmp_path, "weights").distributions()
-    assert searched == [3, 3, 2, 2]  # the last is done again, the others are not
-    files = sorted(tmp_path.rglob("*.safetensors"))
-    assert len(files) == 3
-    files[0].write_bytes(b"torn")
-    second = TeacherLists(teacher, split, places, 5, tmp_path, "weights").distributions()
-    assert searched == [3, 3, 2, 2, 3]
-    assert "is made again" in caplog.text
-    np.testing.assert_array_equal(first.rows, second.rows)
-    np.testing.assert_array_equal(first.scores, second.scores)
-    # Of other weights, widths or places nothing is taken.
-    TeacherLists(teacher, split, places, 5, tmp_path, "other weights").distributions()
-    TeacherLists(teacher, split, places, 4, tmp_path, "weights").distributions()
-    assert searched[5:] == [3, 3, 2, 3, 3, 2]
+
+    def found(width=5, identity="weights", chosen=places):
+        return TeacherLists(teacher, split, chosen, width, tmp_path, identity, size=3).distributions()
+
+    first = found()
+    whole = TeacherLists(teacher, split, places, 5, tmp_path / "whole", "weights").distributions()
+    np.testing.assert_array_equal(first.rows, whole.rows)
+    np.testing.assert_allclose(first.scores, whole.scores, atol=1e-6)
+    shares = [places[:3].tolist(), places[3:6].tolist(), places[6:].tolist()]
+    assert searched == [*shares, places.tolist()]
+    np.testing.assert_array_equal(found().scores, first.scores)
+    assert len(searched) == 4
+    found(identity="other weights")
+    found(width=4)
+    found(chosen=places[:4])
+    assert searched[4:] == [*shares, *shares, places[:3].tolist(), [int(places[3])]]
 
 
 def test_what_does_not_fit_is_refused(split, teacher, tmp_path):
@@ -101,49 +98,9 @@ def test_what_does_not_fit_is_refused(split, teacher, tmp_path):
         TeacherLists(shows, split, places, 5, tmp_path, "w")
 
 
-@pytest.mark.parametrize("processes", [2, 3, 5])
-def test_processes_share_the_search_and_none_does_what_another_did(split, teacher, tmp_path, monkeypatch, processes):
-    monkeypatch.setattr(teacher_lists, "_SHARD", 2)
-    places = training_places(split, 9)
-    alone = TeacherLists(teacher, split, places, 5, tmp_path / "alone", "weights").distributions()
-    searched = []
-    original = teacher_lists._searched
-
-    def counted(teacher, split, spans, width, events):
-        searched[-1].append([end for _, end in spans])
-        return original(teacher, split, spans, width, events)
-
-    monkeypatch.setattr(teacher_lists, "_searched", counted)
-    shared = [TeacherLists(teacher, split, places, 5, tmp_path / "shared", "weights") for _ in range(processes)]
-    missing = shared[0].missing()
-    assert missing == list(range(5))
-    for number, one in enumerate(shared):
-        searched.append([])
-        one.search(missing, number, processes)
-    asked = [places[begin : begin + 2].tolist() for begin in range(0, 9, 2)]
-    assert searched == [asked[number::processes] for number in range(processes)]
-    searched.append([])
-    found = [one.distributions() for one in shared]
-    assert searched[-1] == []
-    for one in found:
-        np.testing.assert_array_equal(one.rows, alone.rows)
-        np.testing.assert_array_equal(one.scores, alone.scores)
-
-
-def test_what_another_machine_keeps_is_searched_here(split, teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(teacher_lists, "_SHARD", 2)
-    places = training_places(split, 5)
-    alone = TeacherLists(teacher, split, places, 5, tmp_path / "alone", "weights").distributions()
-    here = TeacherLists(teacher, split, places, 5, tmp_path / "here", "weights")
-    here.search(here.missing(), 1, 2)
-    assert here.missing() == [0, 2]
-    np.testing.assert_array_equal(here.distributions().rows, alone.rows)
-    assert here.missing() == []
-
-
 def test_no_places_have_no_lists(split, teacher, tmp_path):
     lists = TeacherLists(teacher, split, np.zeros(0, np.int64), 5, tmp_path, "weights")
-    assert lists.missing() == []
+    assert lists.kept.missing() == []
     assert len(lists.distributions()) == 0
     assert list(tmp_path.iterdir()) == []
 
@@ -156,7 +113,7 @@ def test_what_the_prompt_shows_decides_the_folder(split, teacher, tmp_path):
         shows = language_recommender(layers=1, dtype=dtype)
         shows.prompt = Prompt(prompt)
         shows.catalog.items[5] = {**shows.catalog.items[5], **columns}
-        return TeacherLists(shows, split, places, 2, tmp_path, "weights")._folder
+        return TeacherLists(shows, split, places, 2, tmp_path, "weights").kept.folder
 
     titles = "{% for item in history %}{{ item.title }}{% endfor %}"
     codes = "{% for item in history %}{{ item.id }}{% endfor %}"

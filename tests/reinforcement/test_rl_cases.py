@@ -1,6 +1,7 @@
 """RolloutCases: prompts as serving has them, and nothing of validation or test."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -181,3 +182,19 @@ def test_prompts_that_no_case_can_fill():
         RolloutCases.of(data_of(log_of(events=False), prompt=WITH_TEXT))
     with pytest.raises(DataError, match="No training interaction"):
         RolloutCases.of(data_of(prompt=Prompt("{{ preference }}")))
+
+
+def test_the_content_hash_is_of_prompts_histories_and_targets():
+    cases = RolloutCases.of(HELD)
+    first = cases.content_hash
+    assert RolloutCases.of(HELD).content_hash == first
+    assert cases.select(range(len(cases) - 1)).content_hash != first
+    for changed in (
+        replace(cases, targets=cases.targets[::-1].copy()),
+        replace(cases, prompts=[[*cases.prompts[0], 3], *cases.prompts[1:]]),
+        replace(cases, histories=[np.append(cases.histories[0], 1), *cases.histories[1:]]),
+        # Where one list ends and the next begins counts, too.
+        replace(cases, prompts=[cases.prompts[0][:-1], [cases.prompts[0][-1], *cases.prompts[1]], *cases.prompts[2:]]),
+    ):
+        assert changed.content_hash != first
+    assert replace(cases, users=cases.users + 1).content_hash == first

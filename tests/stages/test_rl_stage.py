@@ -23,6 +23,7 @@ from llmrec.evaluation.evaluation import Evaluation
 from llmrec.evaluation.outcome import outcome
 from llmrec.exceptions import LLMRecError
 from llmrec.model_card import card_of
+from llmrec.reinforcement import preferences
 from llmrec.reinforcement.guard import RLGuard
 from llmrec.script import parse
 from llmrec.stages import stage_path
@@ -231,7 +232,10 @@ GRPO = [*SHORT, "--num_iterations", "2", "--rewards", "exact", "rank", "prefix=0
 SDPO = [*SHORT, "--method", "sdpo", "--negatives", "3", "--per_device_train_batch_size", "8"]
 
 
-@pytest.mark.parametrize("flags", [GRPO, [*GRPO, "--rollouts", "sampled"], SDPO], ids=["beams", "sampled", "sdpo"])
+WEIGHTED = [*GRPO, "--rollouts", "sampled", "--group_weights", "policy"]
+
+
+@pytest.mark.parametrize("flags", [GRPO, WEIGHTED, SDPO], ids=["beams", "sampled", "sdpo"])
 def test_an_interrupted_run_ends_in_the_same_weights(stage, data, start, tmp_path, monkeypatch, flags):
     flags = [*flags, "--learning_rate", "0.001", "--test_users", "20"]
     whole = train(stage, data, start, tmp_path / "whole", *flags)
@@ -248,8 +252,12 @@ def test_an_interrupted_run_ends_in_the_same_weights(stage, data, start, tmp_pat
     with pytest.raises(KeyError):
         train(stage, data, start, tmp_path / "torn", *flags)
     assert not (tmp_path / "torn" / "artefact").exists()
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "torn").glob("artefact.negatives/*/*")}
+    assert bool(kept) == ("sdpo" in flags)
+    monkeypatch.setattr(preferences, "hard_negatives", lambda *_, **__: pytest.fail("negatives are searched again"))
     continued = train(stage, data, start, tmp_path / "torn", *flags)
     assert at == [2, 4, 4, 6, 8]  # step 2 was not judged again
+    assert kept == {file: file.stat().st_mtime_ns for file in (tmp_path / "torn").glob("artefact.negatives/*/*")}
     assert continued["guard"] == whole["guard"]
     last = "artefact.checkpoints/checkpoint-8"
     assert same(weights(tmp_path / "torn" / last), weights(tmp_path / "whole" / last))
