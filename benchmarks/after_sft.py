@@ -10,7 +10,8 @@ What each changed is told as in their own metrics.json, by test case and paired,
 value is its mean over the seeds, intervals are over users, and the standard deviation over seeds stands beside them.
 Distillations also say what their students' sizes and latencies are, of the first seed.
 
-Runs that --runs already holds are not repeated, so an interrupted run goes on. Cards are written beside the result.
+Runs that --runs already holds are not repeated, so an interrupted run goes on. Cards are written beside the result;
+with --ways, result and cards have the ways in their names.
 
 --quick: one seed of everything for some steps on the synthetic sample; its numbers only show that all works.
 """
@@ -108,10 +109,12 @@ def main() -> None:
         "settings": settings,
         "datasets": found,
     }
-    report("after_sft", result, ratios, before, options)
+    # Some ways alone have files of their own, and leave those of others as they are.
+    own = "after_sft" if options.ways == list(WAYS) else "_".join(["after_sft", *options.ways])
+    report(own, result, ratios, before, options)
     if not options.quick:  # a table is for reading
         for name, ways in found.items():
-            (ROOT / "benchmarks" / "results" / f"after_sft_{name}.md").write_text(card(name, ways), encoding="utf-8")
+            (ROOT / "benchmarks" / "results" / f"{own}_{name}.md").write_text(card(name, ways), encoding="utf-8")
 
 
 def train(name: str, seed: int, runs: Path, interactions: list[str], options: argparse.Namespace) -> None:

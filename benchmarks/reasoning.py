@@ -81,10 +81,8 @@ def studied(log: Path, runs: Path, options: argparse.Namespace, most: int) -> di
     flags += ["--override", *options.override] if options.override else []
     stage("train/study.py", [*flags, "--runs", str(runs)])
     document: dict[str, Any] = json.loads((runs / "results.json").read_text(encoding="utf-8"))
-    document["runs"] = [run for run in document["runs"] if run["cell"] in chosen]
-    compared = document["differences"]["cells"]
-    document["differences"]["cells"] = {cell: one for cell, one in compared.items() if cell in chosen}
-    left = [f"{run['cell']}, seed {run['seed']}" for run in document["runs"] if run["state"] != "done"]
+    asked = [run for run in document["runs"] if run["cell"] in chosen]
+    left = [f"{run['cell']}, seed {run['seed']}" for run in asked if run["state"] != "done"]
     if left:
         sys.exit(f"{len(left)} runs of the study are not done, such as {left[0]}. See its log in {runs}.")
     for run in document["runs"]:

@@ -83,8 +83,8 @@ class RLArguments:
     group_weights: Literal["alike", "policy"] = field(
         default="alike",
         metadata={
-            "help": "What a group's items count. policy: each by its probability, over that of having been drawn, as "
-            "the gradient of the expected reward has it."
+            "help": "What a group's items count. policy: each by its probability, over that of having been drawn; by "
+            "dr_grpo that is the gradient of the expected reward."
         },
     )
     backend: Literal["transformers", "vllm"] = field(
@@ -190,6 +190,13 @@ class RLArguments:
         readers = dict.fromkeys(("negatives", "negative_source"), ("--method", PREFERENCES))
         check_read(flags, defaults, readers, {"--method": method})
         weights = parse_weights(self.rewards)
+        of_groups = [name for name in ("rank", "diversity") if weights.get(name)]
+        if of_groups and self.group_weights == "policy" and self.rollouts == "sampled":
+            raise RecipeError(
+                f"group_weights is 'policy', and the reward {of_groups[0]!r} of a drawn item depends on what else was "
+                "drawn, so it has no expectation that weights could stand for. Leave it out of --rewards, or say "
+                "--rollouts beams."
+            )
         if "later" not in weights and self.later_items != type(self).later_items:
             raise RecipeError(
                 f"later_items is {self.later_items}, and no reward 'later' reads it. Add later to --rewards, or leave "

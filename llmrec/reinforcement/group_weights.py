@@ -8,8 +8,9 @@ Welling 2019, arXiv 1903.06059; φ_i is the log-probability that i was drawn by)
 the catalog's part, the estimate is consistent. A group of beams has q = 1: it is its own world, and the gradient that
 of the expected reward among its items.
 
-A loss that means over an item's tokens divides ∇ log π_i by their number, so all this holds where items are equally
-long, or the loss divides by a constant (Dr. GRPO).
+All this is of rewards that an item has by itself, whatever else was drawn, and of advantages that are not divided by a
+group's deviation, which is another number for each case; a loss that means over an item's tokens divides ∇ log π_i by
+their number. So it holds for Dr. GRPO. The divergence from the reference stays a plain mean over the group.
 """
 
 import numpy as np
@@ -60,7 +61,8 @@ def weighted_advantages(earned: Tensor, weights: Tensor, scaled: bool) -> Tensor
         weights: (B, G), adding up to 1 in every group.
         scaled: whether they are divided by the group's weighted standard deviation, plus 1e-4.
     """
-    against = earned - (weights * earned).sum(dim=1, keepdim=True)
+    exact, shares = (earned - earned[:, :1]).double(), weights.double()  # equal rewards are exactly 0 so
+    against = exact - (shares * exact).sum(dim=1, keepdim=True)
     if scaled:
-        against = against / ((weights * against.square()).sum(dim=1, keepdim=True).sqrt() + 1e-4)
-    return earned.shape[1] * weights * against
+        against = against / ((shares * against.square()).sum(dim=1, keepdim=True).sqrt() + 1e-4)
+    return (earned.shape[1] * shares * against).to(earned.dtype)

@@ -51,8 +51,8 @@ class ConstrainedGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     loss is TRL's: clipped ratios to the policy that proposed, by token or, with `importance_sampling_level`
     "sequence" (GSPO, arXiv 2507.18071), by item; plus `beta` times the k3 estimate of the divergence from the
     reference, each token's times its ratio unless `use_bias_correction_kl` is off. Where the rollouts weigh their
-    groups, means and deviations are weighted, and each item's advantage counts by its weight
-    (`llmrec.reinforcement.group_weights`). `loss_type` "grpo" means over an
+    groups, means and deviations of rewards are weighted, and each item's advantage counts by its weight
+    (`llmrec.reinforcement.group_weights`); the divergence counts all alike. `loss_type` "grpo" means over an
     item's tokens, "dr_grpo" divides by the tokens of the longest item that the catalog can have. See `rollouts` for
     what it means that proposals are no plain samples.
 
@@ -242,7 +242,7 @@ class ConstrainedGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         found = super()._generate_and_score_completions(inputs)
         if self._group_weights is None:
             return found
-        weights = torch.from_numpy(self._group_weights).to(self._earned)
+        weights = torch.from_numpy(self._group_weights).to(self._earned.device)
         begin = self.accelerator.process_index * len(weights)
         earned = self._earned[begin : begin + len(weights)]
         found["advantages"] = weighted_advantages(earned, weights, self.scale_rewards == "group").flatten()

@@ -50,11 +50,15 @@ def differences(plan: StudyPlan, places: Sequence[RunPlace], seed: int = 0) -> d
         wrong = [f"{name}, seed {run.seed}: {one}" for name, one in zip((against, run.cell), both, strict=True)
                  if isinstance(one, str)]  # fmt: skip
         found = [one for one in both if isinstance(one, Evaluation)]
-        first = pairs[run.cell][0].before if run.cell in pairs else found[0] if found else None
-        if not wrong and first is not None and not all(_alike(first, one) for one in found):
+        if len(found) == 2 and not _alike(*found):
             wrong = [
                 f"{run.cell}, seed {run.seed}, was tested on other cases or candidates than {against}: train both on "
                 "the same interactions and split."
+            ]
+        elif len(found) == 2 and run.cell in pairs and not _alike(pairs[run.cell][0].before, found[0]):
+            wrong = [
+                f"{run.cell} and {against}, seed {run.seed}, were tested on other cases or candidates than with seed "
+                f"{pairs[run.cell][0].seed}: train all seeds on the same interactions and split."
             ]
         left_out += [one for one in wrong if one not in left_out]
         if not wrong:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_grpo import descent, trainer_of
+from test_grpo import Kept, descent, trainer_of
 from tiny_rollouts import Reward, cases_of, mixed, policy, title_policy, weights
 
 from llmrec.decoding import decode
@@ -200,22 +200,78 @@ def test_draws_estimate_the_gradient_the_better_the_larger_groups_are_and_unweig
     earned = np.cos(np.arange(7.0))
     exact = p * (earned - (p * earned).sum())
     repeated = cases.select([0] * 3000)
-    errors = []
+
+    def off(found):
+        """How far it is from the exact gradient, and how far at its best length."""
+        best = found * (found @ exact) / (found @ found)
+        return [float(np.abs(one - exact).sum() / np.abs(exact).sum()) for one in (found, best)]
+
+    weighted, alike = [], []
     for size in (2, 4, 6):
         groups = TransformersRollouts(
             recommender.model, recommender.catalog, repeated, size, temperature=1.0, weighted=True, exclude_seen=False
         ).generate(range(3000))
         own = torch.from_numpy(earned[groups.items])
-        for weights_of in (torch.from_numpy(groups.weights), torch.full((3000, size), 1 / size, dtype=torch.float64)):
+        equal = torch.full((3000, size), 1 / size, dtype=torch.float64)
+        for errors, counts in ((weighted, torch.from_numpy(groups.weights)), (alike, equal)):
             found = np.zeros((3000, 7))
-            np.put_along_axis(found, groups.items, weighted_advantages(own, weights_of, False).numpy() / size, axis=1)
-            errors.append(float(np.abs(found.mean(axis=0) - exact).sum() / np.abs(exact).sum()))
-    weighted, alike = errors[::2], errors[1::2]
-    # What the group's own weights are divided by is an estimate too: a small group shrinks what it says.
-    assert weighted[0] > weighted[1] > weighted[2]
-    assert weighted[2] < 0.05
-    assert alike[1] > 2 * weighted[1]
-    assert alike[2] > 5 * weighted[2]
+            np.put_along_axis(found, groups.items, weighted_advantages(own, counts, False).numpy() / size, axis=1)
+            errors.append(off(found.mean(axis=0)))
+    # What a group's weights are divided by is an estimate too, and a poor one of two items: as far off as alike.
+    (two, _), (four, _), (six, _) = weighted
+    assert two > four > six
+    assert four < 0.2
+    assert six < 0.05
+    assert all(best > 0.3 for _, best in alike)  # not for its length alone
+
+
+@pytest.mark.parametrize("draws_at", [None, 1.3], ids=["beams", "drawn"])
+@pytest.mark.parametrize("scale", ["group", "none"])
+def test_the_trainer_learns_from_weighted_advantages_of_a_part_of_the_items(tmp_path, scale, draws_at):
+    recommender = policy()
+    cases = cases_of(recommender, 6)
+    how = {"temperature": draws_at, "weighted": True}
+    groups = TransformersRollouts(recommender.model, recommender.catalog, cases, 4, **how).generate(range(6))
+    kept = Kept()
+    trainer = trainer_of(
+        tmp_path,
+        recommender,
+        cases,
+        [Reward("mixed", 1.5, mixed)],
+        callbacks=[kept],
+        draws_at=draws_at,
+        weighted=True,
+        scale_rewards=scale,
+        max_steps=1,
+        beta=0.1,
+        per_device_train_batch_size=6,
+        steps_per_generation=4,  # dealt out in parts
+    )
+    kept.trainer = trainer
+    trainer.train()
+    earned = 1.5 * mixed(groups.items, cases, np.arange(6))
+    against = earned - (groups.weights * earned).sum(axis=1, keepdims=True)
+    if scale == "group":
+        against = against / (np.sqrt((groups.weights * against**2).sum(axis=1, keepdims=True)) + 1e-4)
+    wanted = {
+        (tuple(cases.prompts[at // 4]), tuple(own)): float((4 * groups.weights * against).reshape(-1)[at])
+        for at, own in enumerate(groups.tokens)
+    }
+    for inputs in kept.inputs[0]:
+        for row in range(6):
+            prompt = inputs["prompt_ids"][row][inputs["prompt_mask"][row] == 1]
+            own = inputs["completion_ids"][row][inputs["completion_mask"][row] == 1]
+            value = wanted.pop((tuple(prompt.tolist()), tuple(own.tolist())))
+            assert float(inputs["advantages"][row]) == pytest.approx(value, abs=1e-4)
+    assert not wanted
+
+
+def test_equal_rewards_are_exactly_nothing_however_weights_are():
+    weights_of = torch.softmax(8 * torch.randn(50, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    for reward in (1 / 3, 5.3, 1e6):
+        for scaled in (True, False):
+            found = weighted_advantages(torch.full((50, 16), reward), weights_of, scaled)
+            assert (found == 0).all()
 
 
 def test_equal_weights_are_grpo_and_advantages_of_a_group_by_hand():

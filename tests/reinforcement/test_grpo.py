@@ -195,8 +195,9 @@ def _pairs(items):
     return [(case, row) for case, rows in enumerate(items.tolist()) for row in rows]
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["alike", "weighted"])
 @pytest.mark.parametrize("reward", [nothing, lambda items, cases, chosen: 0.0 * items + 0.7], ids=["zero", "constant"])
-def test_a_reward_that_tells_nothing_apart_changes_no_bit(tmp_path, reward):
+def test_a_reward_that_tells_nothing_apart_changes_no_bit(tmp_path, reward, weighted):
     recommender = policy()
     before = weights(recommender.model)
     trainer = trainer_of(
@@ -205,6 +206,7 @@ def test_a_reward_that_tells_nothing_apart_changes_no_bit(tmp_path, reward):
         cases_of(recommender),
         [Reward("flat", 1.0, reward)],
         weight_decay=0.0,
+        weighted=weighted,
         max_steps=3,
     )
     trainer.train()

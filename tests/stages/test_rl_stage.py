@@ -232,7 +232,7 @@ GRPO = [*SHORT, "--num_iterations", "2", "--rewards", "exact", "rank", "prefix=0
 SDPO = [*SHORT, "--method", "sdpo", "--negatives", "3", "--per_device_train_batch_size", "8"]
 
 
-WEIGHTED = [*GRPO, "--rollouts", "sampled", "--group_weights", "policy"]
+WEIGHTED = [*GRPO, "--rollouts", "sampled", "--group_weights", "policy", "--rewards", "exact", "prefix=0.5"]
 
 
 @pytest.mark.parametrize("flags", [GRPO, WEIGHTED, SDPO], ids=["beams", "sampled", "sdpo"])
@@ -433,6 +433,7 @@ def strange(data, start, tmp_path_factory):
             ["--group_weights", "policy", "--rollouts", "sampled", "--backend", "vllm"],
             "does not say how likely its draws were",
         ),
+        (["--group_weights", "policy", "--rollouts", "sampled"], "the reward 'rank' of a drawn item depends"),
         (
             ["--group_weights", "policy", "--multi_objective_aggregation", "normalize_then_sum"],
             "Say group or none, and sum_then_normalize",
