@@ -87,6 +87,7 @@ def studied(log: Path, runs: Path, options: argparse.Namespace, most: int) -> di
         sys.exit(f"{len(left)} runs of the study are not done, such as {left[0]}. See its log in {runs}.")
     for run in document["runs"]:
         run["flags"].pop("interactions")
+        run.pop("validation", None)  # their courses are on the study's page
     return document
 
 
