@@ -37,16 +37,8 @@ logger = logging.getLogger("llmrec.train.rl")
 
 # What of the flags decides the weights, and is kept; no path of this machine is, because artefacts are published.
 _DATA = (
-    *(
-        "cases_per_user",
-        "max_cases",
-        "min_case_history",
-        "eval_users",
-        "rollouts",
-        "rollout_temperature",
-        "group_weights",
-        "adapter",
-    ),
+    *("cases_per_user", "max_cases", "min_case_history", "eval_users", "rollouts", "rollout_temperature"),
+    *("group_weights", "adapter"),
     *("lora_rank", "lora_alpha", "dtype"),
 )
 _TRAINING = (
@@ -245,14 +237,7 @@ def preferring(
         options: dict[str, Any] = {"softmax": softmax, "temperature": data.temperature, "seed": training.seed}
         rollouts = TransformersRollouts(model.to(training.device), catalog, cases, count + 1, **options)
         # Learning rates and the like may change: the same model proposes the same.
-        told = [
-            cases.content_hash,
-            start.weights_hash,
-            catalog.content_hash,
-            count,
-            data.dtype,
-            sorted(options.items()),
-        ]
+        told = [cases.content_hash, start.weights_hash, catalog.content_hash, count, data.dtype, options]
         key = hashlib.sha256(repr(told).encode()).hexdigest()[:32]
         kept = KeptShards(
             Path(f"{data.artefact.rstrip('/')}.negatives") / key,

@@ -9,8 +9,8 @@ arXiv 1903.06059), from the policy renormalised over the continuations that the 
 Every item is met with some probability. If they count alike, too, items of small probability weigh too much against
 the policy gradient.
 
-`weighted` gives every item what it counts by the policy (`llmrec.reinforcement.group_weights`): draws then estimate
-the gradient of the expected reward, and beams that of the expected reward among the items they found.
+`weighted` gives every item what it counts by the policy: draws then estimate the gradient of the expected reward, and
+beams that of the expected reward among the items they found; `llmrec.reinforcement.group_weights` says under which loss.
 
 In both kinds log-probabilities are those of the policy's own softmax (`Settings.softmax`) at temperature 1, and not
 those of the renormalised distribution that the items were found by.
@@ -56,12 +56,7 @@ class Groups:
     weights: npt.NDArray[np.float64] | None = field(default=None, repr=False)
 
     @classmethod
-    def of(
-        cls,
-        items: npt.NDArray[np.int64],
-        levels: npt.NDArray[np.float64],
-        catalog: Catalog,
-    ) -> "Groups":
+    def of(cls, items: npt.NDArray[np.int64], levels: npt.NDArray[np.float64], catalog: Catalog) -> "Groups":
         """Of the rows that a search found and the log-probabilities (B, G, L) of their levels.
 
         Raises:

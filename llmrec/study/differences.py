@@ -64,14 +64,13 @@ def differences(plan: StudyPlan, places: Sequence[RunPlace], seed: int = 0) -> d
         if not wrong:
             pairs.setdefault(run.cell, []).append(Pair(run.seed, *found))
     cells: dict[str, Any] = {}
-    for run in plan.runs:
-        if run.cell in pairs and run.cell not in cells:
-            users = pairs[run.cell][0].before.user_places()
-            counted = pairs[run.cell][0].before.counted
-            cells[run.cell] = {
-                "against": plan.reference_of(run),
-                "seeds": [pair.seed for pair in pairs[run.cell]],
-                "users": len(np.unique(users[counted])),
+    for cell in plan.cells:
+        if cell in pairs:
+            first = pairs[cell][0].before
+            cells[cell] = {
+                "against": first.system,
+                "seeds": [pair.seed for pair in pairs[cell]],
+                "users": len(np.unique(first.user_places()[first.counted])),
                 "metrics": {},
             }
     resamples = _resamples((len(plan.cells) - 1) * len(plan.metrics))
