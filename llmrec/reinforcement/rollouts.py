@@ -10,7 +10,7 @@ Every item is met with some probability. If they count alike, too, items of smal
 the policy gradient.
 
 `weighted` gives every item what it counts by the policy: draws then estimate the gradient of the expected reward, and
-beams that of the expected reward among the items they found; `llmrec.reinforcement.group_weights` says under which loss.
+beams that of the expected reward among the items they found; `llmrec.reinforcement.group_weights` says by which loss.
 
 In both kinds log-probabilities are those of the policy's own softmax (`Settings.softmax`) at temperature 1, and not
 those of the renormalised distribution that the items were found by.
