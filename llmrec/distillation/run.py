@@ -1,6 +1,7 @@
 """One distillation from its students' trainings to the document that says what came of it."""
 
 import copy
+import hashlib
 import logging
 import time
 from collections.abc import Mapping
@@ -228,9 +229,13 @@ def _further(student: Recommender, change: Mapping[str, Any], said: list[str]) -
 
 def _described(teacher: Teacher) -> dict[str, Any]:
     """What a student's record says of its teacher: no path, and nothing of its training's course."""
+    from llmrec.evaluation.runs import settings_key
+
     record = teacher.recommender.settings.training
+    settings = settings_key({name: value for name, value in record.items() if name not in _OUTSIDE})
     return {
         "weights": teacher.identity[:16],
+        "settings": hashlib.sha256(settings.encode()).hexdigest()[:16],  # alike for teachers that differ by seeds
         "class": type(teacher.recommender.model).__name__,
         **size_of(teacher.recommender.model),
         "seed": record.get("trainer", {}).get("seed"),
@@ -239,8 +244,9 @@ def _described(teacher: Teacher) -> dict[str, Any]:
 
 def _facts(settings: Settings) -> dict[str, Any]:
     record: Mapping[str, Any] = settings.training
+    taught = record.get("distillation", {}).get("teacher", {})
     return {
-        "seeds": {"training": record.get("trainer", {}).get("seed"), "users": 0},
+        "seeds": {"training": record.get("trainer", {}).get("seed"), "teacher": taught.get("seed"), "users": 0},
         "settings": {
             "num_beams": settings.num_beams,
             "training": {name: value for name, value in record.items() if name not in _OUTSIDE},

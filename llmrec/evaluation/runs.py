@@ -15,6 +15,8 @@ from llmrec.exceptions import DataError
 
 # What may differ between two runs of one system besides the seed: where its files lie.
 _PLACES = ("artefact", "out", "output_dir", "device")
+# Hashes of what seeds decide: a teacher's weights; the rows of a training, which hold semantic IDs of some seed.
+_HASHES = ("weights", "rows")
 # Seeds of the evaluation, not of the model: another one makes no second model.
 _OTHER_SEEDS = ("bootstrap", "users", "tuning")
 
@@ -142,7 +144,7 @@ def merged(runs: Sequence[Run]) -> tuple[list[Entry], list[str]]:
     for name, distinct in by_system.items():
         groups: dict[str, list[Entry]] = {}
         for entry in distinct:
-            groups.setdefault(_settings_key(entry.runs[0].document.get("settings")), []).append(entry)
+            groups.setdefault(settings_key(entry.runs[0].document.get("settings")), []).append(entry)
         rows: list[Entry] = []
         for group in groups.values():
             seeds = [entry.runs[0].seeds for entry in group]
@@ -163,6 +165,17 @@ def merged(runs: Sequence[Run]) -> tuple[list[Entry], list[str]]:
     return entries, notes
 
 
+def settings_key(settings: Any) -> str:
+    """Settings without seeds, hashes of what seeds decide, and places of files, as one string."""
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: kept(v) for k, v in value.items() if "seed" not in str(k) and k not in (*_PLACES, *_HASHES)}
+        return [kept(v) for v in value] if isinstance(value, list) else value
+
+    return json.dumps(kept(settings or {}), sort_keys=True)
+
+
 def _check_document(path: Path, evaluation: Evaluation, document: Mapping[str, Any]) -> None:
     """The document's figures must be those of the cases beside it."""
     if not evaluation.counted.any():
@@ -175,14 +188,3 @@ def _check_document(path: Path, evaluation: Evaluation, document: Mapping[str, A
                 f"{path} says {name} = {said}, the cases in {path.with_suffix('.parquet').name} give {mean:.6f}. "
                 "The two files are of different evaluations: evaluate the system again."
             )
-
-
-def _settings_key(settings: Any) -> str:
-    """Settings without seeds and places of files, as one string."""
-
-    def kept(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {k: kept(v) for k, v in value.items() if "seed" not in str(k) and k not in _PLACES}
-        return [kept(v) for v in value] if isinstance(value, list) else value
-
-    return json.dumps(kept(settings or {}), sort_keys=True)

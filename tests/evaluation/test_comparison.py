@@ -236,6 +236,23 @@ def test_models_of_other_training_or_revision_are_no_seeds_of_one(tmp_path: Path
         assert len(compare([tmp_path / "a", tmp_path / "b"], resamples=20)["systems"]) == rows
 
 
+def test_students_of_teachers_that_differ_by_seeds_are_one_row(tmp_path: Path) -> None:
+    def student(place: int, trained: str, **seeds: int) -> None:
+        teacher = {"weights": f"hash {place}", "settings": trained, "seed": seeds["teacher"]}
+        settings = {"training": {"rows": f"hash {place}", "distillation": {"alpha": 0.5, "teacher": teacher}}}
+        save_run(tmp_path / f"{place}", "student", place, seeds=seeds, settings=settings)
+
+    student(1, "eight passes", training=0, teacher=0)
+    student(2, "eight passes", training=1, teacher=1)
+    student(3, "eight passes", training=0, teacher=2)
+    student(4, "nine passes", training=2, teacher=3)
+    card = compare([tmp_path / f"{place}" for place in (1, 2, 3, 4)], resamples=20)
+    assert {row["name"]: len(row["seeds"]) for row in card["systems"]} == {
+        f"student ({tmp_path / '1'})": 3,
+        f"student ({tmp_path / '4'})": 1,
+    }
+
+
 def test_two_ways_with_ties_are_said(tmp_path: Path) -> None:
     save_run(tmp_path / "a", "ours", 1)
     save_run(tmp_path / "b", "item-cf", 2)

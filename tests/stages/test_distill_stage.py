@@ -144,6 +144,8 @@ def test_a_language_model_teaches_a_smaller_one_and_its_control(stage, data, tea
     record = student.settings.training
     assert record["distillation"]["method"] == "logits"
     assert record["distillation"]["teacher"]["parameters"] == metrics["sizes"]["before"]["parameters"]
+    assert metrics["after"]["seeds"] == {"training": 0, "teacher": 0, "users": 0}  # each makes another model
+    assert metrics["before"]["seeds"]["teacher"] is None
     control = Recommender.from_pretrained(tmp_path / "artefact.control")
     assert control.settings.training["distillation"]["method"] == "cross_entropy"
     logs = [tmp_path / f"artefact.checkpoints{end}" / "log.jsonl" for end in ("", ".control")]
