@@ -11,7 +11,7 @@ value is its mean over the seeds, intervals are over users, and the standard dev
 Distillations also say what their students' sizes and latencies are, of the first seed.
 
 Runs that --runs already holds are not repeated, so an interrupted run goes on. Cards are written beside the result;
-with --ways, result and cards have the ways in their names.
+with --ways or --datasets, its name holds what was asked for, and a card's the ways.
 
 --quick: one seed of everything for some steps on the synthetic sample; its numbers only show that all works.
 """
@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from environment import add_flags, environment, report
+from environment import add_flags, environment, report, result_name
 from from_scratch import PASSES, trained
 from item_tokenizers import ROOT, check_options, prepared, stage
 
+DATASETS = ("amazon-scientific", "amazon-beauty")
 TEACHER = "llama_scratch"
 SHOWN = ("NDCG@1", "NDCG@10", "HR@10", "HR@50")
 
@@ -76,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="Folder of data sets.")
     parser.add_argument("--runs", type=Path, default=Path("runs/from_scratch"), help="Folder for the run folders.")
-    parser.add_argument("--datasets", nargs="+", default=["amazon-scientific", "amazon-beauty"])
+    parser.add_argument("--datasets", nargs="+", default=list(DATASETS))
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--seeds", type=int, default=3, help="Of semantic IDs, fine-tuning and what follows.")
     parser.add_argument("--max-cases", type=int, default=8000, help="Training cases of GRPO and S-DPO.")
@@ -109,12 +110,13 @@ def main() -> None:
         "settings": settings,
         "datasets": found,
     }
-    # Some ways alone have files of their own, and leave those of others as they are.
-    own = "after_sft" if options.ways == list(WAYS) else "_".join(["after_sft", *options.ways])
-    report(own, result, ratios, before, options)
+    asked = (options.ways, list(WAYS))
+    own = result_name("after_sft", asked, (options.datasets, DATASETS))
+    report("after_sft", result, ratios, before, options, own)
     if not options.quick:  # a table is for reading
         for name, ways in found.items():
-            (ROOT / "benchmarks" / "results" / f"{own}_{name}.md").write_text(card(name, ways), encoding="utf-8")
+            path = ROOT / "benchmarks" / "results" / f"{result_name('after_sft', asked)}_{name}.md"
+            path.write_text(card(name, ways), encoding="utf-8")
 
 
 def train(name: str, seed: int, runs: Path, interactions: list[str], options: argparse.Namespace) -> None:

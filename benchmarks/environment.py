@@ -16,7 +16,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -60,12 +60,26 @@ def environment() -> dict[str, Any]:
     }
 
 
+def result_name(name: str, *chosen: tuple[Sequence[str], Sequence[str]]) -> str:
+    """The script's name, and behind it what was chosen where that is not all, so that a part leaves the whole's file.
+
+    >>> result_name("after_sft", (["grpo"], ["grpo", "sdpo"]), (["beauty"], ["beauty"]))
+    'after_sft_grpo'
+
+    Args:
+        name: the script's.
+        chosen: pairs: what was asked for, and what is run if nothing is.
+    """
+    return "_".join([name, *(word for some, every in chosen if list(some) != list(every) for word in some)])
+
+
 def report(
     name: str,
     result: Mapping[str, Any],
     ratios: Mapping[str, float],
     before: Mapping[str, Any],
     options: argparse.Namespace,
+    own: str | None = None,
 ) -> list[Path]:
     """Writes a benchmark's result; returns the paths.
 
@@ -80,11 +94,12 @@ def report(
         ratios: names and numbers.
         before: what `environment` returned before the measurement.
         options: the parsed flags.
+        own: the file's name in benchmarks/results where it is not the script's: see `result_name`.
     """
     written = []
     if not options.quick:
         suffix = "" if before["gpu"] is None else "-" + before["gpu"].replace(" ", "_")
-        written.append(Path(__file__).parent / "results" / f"{name}{suffix}.json")
+        written.append(Path(__file__).parent / "results" / f"{own or name}{suffix}.json")
         _write(written[-1], {"environment": dict(before), **result})
     if options.json is not None:
         machine = {key: before[key] for key in ("cpu", "cores", "memory", "gpu", "load_before")}

@@ -7,7 +7,8 @@ blocks with 1, 2 and 3, every seed each; all against none, paired by test case. 
 with the most steps: what each of their own steps is worth, the oracle's step, and the time to an answer; means over
 the seeds, latencies of the first.
 
-Runs that --runs already holds are not repeated, so an interrupted run goes on. Cards are written beside the result.
+Runs that --runs already holds are not repeated, so an interrupted run goes on. Cards are written beside the result;
+with --kinds or --datasets, its name holds what was asked for, and a card's the kinds.
 
 --quick: one kind, one step, some trainings' steps on the synthetic sample; its numbers only show that all works.
 """
@@ -21,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from environment import add_flags, environment, report
+from environment import add_flags, environment, report, result_name
 from item_tokenizers import ROOT, folder_of, stage
 
 RECIPE = "train/recipes/study_reasoning.yaml"
+DATASETS = ("amazon-scientific", "amazon-beauty")
 KINDS = ("erl", "prl", "block")
 MOST = 3  # steps of the recipe's variants
 SHOWN = ("NDCG@10", "HR@10")
@@ -38,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="Folder of data sets.")
     parser.add_argument("--runs", type=Path, default=Path("runs/reasoning"), help="Folder for the run folders.")
-    parser.add_argument("--datasets", nargs="+", default=["amazon-scientific", "amazon-beauty"])
+    parser.add_argument("--datasets", nargs="+", default=list(DATASETS))
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--seeds", type=int, default=3, help="Of every variant.")
     parser.add_argument("--override", nargs="*", default=[], help="NAME=VALUE flags of all trainings.")
@@ -65,11 +67,13 @@ def main() -> None:
             ratios[f"{name}: {kind}, milliseconds after {most} steps over none"] = one["latency"]["ratio"][-1]
         print(card(name, found[name], (runs / "table.md").read_text(encoding="utf-8")))
     settings = {"seeds": options.seeds, "override": options.override}
-    report("reasoning", {"settings": settings, "datasets": found}, ratios, before, options)
+    asked = (options.kinds, KINDS)
+    own = result_name("reasoning", asked, (options.datasets, DATASETS))
+    report("reasoning", {"settings": settings, "datasets": found}, ratios, before, options, own)
     if not options.quick:  # a table is for reading
         for name, one in found.items():
             table = (options.runs / name / "table.md").read_text(encoding="utf-8")
-            path = ROOT / "benchmarks" / "results" / f"reasoning_{name}.md"
+            path = ROOT / "benchmarks" / "results" / f"{result_name('reasoning', asked)}_{name}.md"
             path.write_text(card(name, one, table), encoding="utf-8")
 
 

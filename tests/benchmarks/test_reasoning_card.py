@@ -68,3 +68,11 @@ def test_without_over_thinking_the_card_says_so(benchmark, tmp_path):
     study = {"runs": [{"cell": "prl-1", "folder": "prl-1", "seed": 0}]}
     found = benchmark.thought("prl-1", study, tmp_path, tmp_path)
     assert "No over-thinking can be told in any slice." in benchmark.card("d", {"steps": {"prl": found}}, "")
+
+
+def test_a_part_of_the_whole_has_a_file_of_its_own(benchmark):
+    kinds, datasets = benchmark.KINDS, benchmark.DATASETS
+    assert benchmark.result_name("reasoning", (list(kinds), kinds), (list(datasets), datasets)) == "reasoning"
+    assert benchmark.result_name("reasoning", (["erl"], kinds), (datasets, datasets)) == "reasoning_erl"
+    both = benchmark.result_name("reasoning", (["erl", "prl"], kinds), (["amazon-beauty"], datasets))
+    assert both == "reasoning_erl_prl_amazon-beauty"
