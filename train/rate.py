@@ -11,12 +11,11 @@ first and saved in the artefact; without it, one that lies there is applied.
 import logging
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrec.data.arguments import ColumnArguments, SplitArguments
-from llmrec.data.columns import ITEM
 from llmrec.exceptions import ArtefactError, DataError
 from llmrec.script import parser, run
 
@@ -65,7 +64,6 @@ def make_parser() -> "TrlParser":
 
 def main(arguments: RateArguments, names: ColumnArguments, splits: SplitArguments) -> None:
     import numpy as np
-    import polars as pl
     import torch
     import transformers
     from rich.console import Console
@@ -73,11 +71,11 @@ def main(arguments: RateArguments, names: ColumnArguments, splits: SplitArgument
     import llmrec
     from llmrec.artefact import resolve
     from llmrec.calibration import Calibrator, sigmoid
-    from llmrec.data.items import Items
     from llmrec.evaluation.uncertainty import bootstrap_means
     from llmrec.rating import Rater, load_calibration, measures, save_calibration
     from llmrec.recommender import Recommender
     from llmrec.storage import write_json
+    from llmrec.trained_split import trained_split
 
     begin = time.monotonic()
     local = Path(arguments.artefact).expanduser().is_dir()
@@ -92,19 +90,8 @@ def main(arguments: RateArguments, names: ColumnArguments, splits: SplitArgument
     threshold = arguments.like_threshold
     if threshold is None:
         threshold = float(settings.training.get("data", {}).get("like_threshold", 4.0))
-    if asdict(splits) == asdict(SplitArguments()) and settings.protocol:
-        splits = SplitArguments.from_protocol(settings.protocol)
-    interactions = names.read_interactions(arguments.interactions)
-    ids, base = recommender.catalog.ids, recommender.catalog.base_items
-    if base < len(ids) and set(ids[:base]).issuperset(interactions.frame[ITEM].unique().to_list()):
-        ids = ids[:base]  # items that came after the training have the last rows, and are no part of this log
-    split = splits.make(interactions, Items.from_frame(pl.DataFrame({ITEM: ids})))
-    if split.content_hash != settings.split and not arguments.any_split:
-        raise DataError(
-            f"The interactions have the split {split.content_hash[:12]}, the artefact was trained on "
-            f"{settings.split[:12] or 'an unknown one'}: its training may hold these ratings. "
-            "Rate the file that it was trained on, or say --any_split."
-        )
+    log = names.read_interactions(arguments.interactions)
+    split = trained_split(log, recommender.catalog, settings, splits, arguments.any_split)
     found = None if arguments.calibrate else load_calibration(folder)
     template = arguments.template or (
         found[1] if found else min(recommender.templates.get("yes_no", {}), default=None)

@@ -9,13 +9,11 @@ system's places case by case, for `llmrec compare`.
 
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrec.data.arguments import ColumnArguments, SplitArguments
-from llmrec.data.columns import ITEM
-from llmrec.exceptions import DataError
 from llmrec.script import parser, run
 
 if TYPE_CHECKING:
@@ -51,12 +49,10 @@ def make_parser() -> "TrlParser":
 
 def main(arguments: ScoreArguments, names: ColumnArguments, splits: SplitArguments) -> None:
     import numpy as np
-    import polars as pl
     import torch
     import transformers
     from rich.console import Console
 
-    from llmrec.data.items import Items
     from llmrec.evaluation.baselines import ItemCF, Popularity
     from llmrec.evaluation.evaluation import evaluate
     from llmrec.evaluation.identifiers import Identifiers
@@ -66,29 +62,20 @@ def main(arguments: ScoreArguments, names: ColumnArguments, splits: SplitArgumen
     from llmrec.sequence.recommender import SequenceRecommender
     from llmrec.storage import write_json
     from llmrec.tasks.events import LoggedEvents
+    from llmrec.trained_split import trained_split
 
     begin = time.monotonic()
     recommender = Recommender.from_pretrained(arguments.artefact, arguments.revision, arguments.device)
     settings = recommender.settings
-    if asdict(splits) == asdict(SplitArguments()) and settings.protocol:
-        splits = SplitArguments.from_protocol(settings.protocol)
-    interactions = names.read_interactions(arguments.interactions)
-    version, ids, base = recommender.catalog.version, recommender.catalog.ids, recommender.catalog.base_items
-    if base < len(ids) and set(ids[:base]).issuperset(interactions.frame[ITEM].unique().to_list()):
-        # Items that came after the training have the last rows. They are no part of this log, nor of its candidates.
-        ids = ids[:base]
-        kept = recommender.catalog.with_retired(range(base, len(recommender.catalog)), True)
+    log = names.read_interactions(arguments.interactions)
+    split = trained_split(log, recommender.catalog, settings, splits, arguments.any_split)
+    version = recommender.catalog.version
+    if split.num_items < len(recommender.catalog):  # what came after the training is no candidate
+        kept = recommender.catalog.with_retired(range(split.num_items, len(recommender.catalog)), True)
         if isinstance(recommender, SequenceRecommender):
             recommender = SequenceRecommender(recommender.model, kept, settings)
         else:
             recommender = Recommender(recommender.model, recommender.tokenizer, kept, recommender.prompt, settings)
-    split = splits.make(interactions, Items.from_frame(pl.DataFrame({ITEM: ids})))
-    if split.content_hash != settings.split and not arguments.any_split:
-        raise DataError(
-            f"The interactions have the split {split.content_hash[:12]}, the artefact was trained on "
-            f"{settings.split[:12] or 'an unknown one'}: its training may hold these test items. "
-            "Score the file that it was trained on, or say --any_split."
-        )
     cases = None
     if arguments.max_users and arguments.max_users < len(split.targets(arguments.part)):
         drawn = np.random.default_rng(arguments.seed).permutation(len(split.targets(arguments.part)))

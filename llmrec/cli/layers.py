@@ -69,20 +69,16 @@ def layers(
     Example: `llmrec layers runs/sasrec/artefact --interactions log.parquet --greedy --cases 0`
     """
     import numpy as np
-    import polars as pl
     from rich.console import Console
 
     from llmrec.artefact import resolve
     from llmrec.cli.observed import observed
     from llmrec.cli.preparation import Sources
-    from llmrec.data.arguments import SplitArguments
-    from llmrec.data.columns import ITEM
-    from llmrec.data.items import Items
     from llmrec.distillation.layer_curves import LayerCases, layer_curves
     from llmrec.distillation.layer_page import layer_page
-    from llmrec.exceptions import DataError
     from llmrec.recommender import Recommender
     from llmrec.storage import write_json
+    from llmrec.trained_split import refuse_grown, trained_split
 
     names = columns(
         user=user_column,
@@ -98,17 +94,10 @@ def layers(
         announce("loading the artefact", None)
         folder = resolve(artefact, revision)
         recommender = Recommender.from_pretrained(folder, device=device)
-        settings = recommender.settings
+        refuse_grown(recommender.catalog, artefact)
         announce("reading the interactions", None)
         log = Sources(interactions, None, names, timestamp_unit, invalid_rows).read_interactions()
-        protocol = SplitArguments.from_protocol(settings.protocol) if settings.protocol else SplitArguments()
-        split = protocol.make(log, Items.from_frame(pl.DataFrame({ITEM: recommender.catalog.ids})))
-        if split.content_hash != settings.split:
-            raise DataError(
-                f"The interactions have the split {split.content_hash[:12]}, and {artefact} was trained on "
-                f"{settings.split[:12] or 'an unknown one'}: its training may hold these items. Give the file that it "
-                "was trained on."
-            )
+        split = trained_split(log, recommender.catalog, recommender.settings)
         chosen = np.arange(len(split.targets(part)))
         if 0 < cases < len(chosen):
             chosen = np.sort(np.random.default_rng(seed).permutation(chosen)[:cases])

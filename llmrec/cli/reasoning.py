@@ -12,32 +12,19 @@ from llmrec.cli.options import (
     InteractionsSource,
     InvalidRows,
     ItemColumn,
-    MinHistory,
     PositionColumn,
     RatingColumn,
     Revision,
-    SplitName,
-    SplitSeed,
-    Targets,
-    TestShare,
-    TestTime,
-    TieOrder,
-    TieSeed,
     TimestampColumn,
     TimestampUnit,
     UserColumn,
-    ValidShare,
-    ValidTime,
     WeightColumn,
     columns,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from llmrec.artefact_parts import Settings
-    from llmrec.data.arguments import SplitArguments
-    from llmrec.data.interactions import Interactions
+    from llmrec.catalog import Catalog
     from llmrec.data.split import Split
     from llmrec.sequence.model import SequenceModel
 
@@ -60,16 +47,6 @@ def reasoning(
     seed: Annotated[int, typer.Option(min=0, help="Of the resampling, and of the cases drawn.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: a GPU if there is one.")] = None,
     revision: Revision = None,
-    split: SplitName = "leave-one-out",
-    valid_share: ValidShare = 0.1,
-    test_share: TestShare = 0.1,
-    valid_time: ValidTime = None,
-    test_time: TestTime = None,
-    targets: Targets = "all",
-    min_history: MinHistory = 3,
-    split_seed: SplitSeed = 0,
-    ties: TieOrder = "stable",
-    tie_seed: TieSeed = 0,
     user_column: UserColumn = None,
     item_column: ItemColumn = None,
     timestamp_column: TimestampColumn = None,
@@ -85,7 +62,7 @@ def reasoning(
 
     For a sequence model that was trained with `--reasoning`. It ranks the part's cases once for every number of steps;
     differences are paired, with intervals over users. The oracle (each case's own best step) is a ceiling. The split
-    is the artefact's own, unless the options say another.
+    is the artefact's own.
 
     Example: `llmrec reasoning runs/prl/artefact --interactions log.parquet --json runs/prl/reasoning.json`
 
@@ -93,10 +70,10 @@ def reasoning(
     """
     from llmrec.cli.observed import observed
     from llmrec.cli.preparation import Sources
-    from llmrec.data.arguments import SplitArguments
     from llmrec.evaluation.evaluation import check_name
     from llmrec.reasoning.report_page import page
     from llmrec.storage import write_json
+    from llmrec.trained_split import trained_split
 
     names = columns(
         user=user_column,
@@ -108,32 +85,20 @@ def reasoning(
         domain=domain_column,
         weight=weight_column,
     )
-    arguments = SplitArguments(
-        split=split,
-        valid_share=valid_share,
-        test_share=test_share,
-        valid_time=valid_time,
-        test_time=test_time,
-        targets=targets,
-        min_history=min_history,
-        split_seed=split_seed,
-        ties=ties,
-        tie_seed=tie_seed,
-    )
     with observed() as announce:
         announce("loading", None)
-        model, settings, ids = _opened(artefact, revision, device)
+        model, settings, catalog = _opened(artefact, revision, device)
         system = str(settings.training.get("system") or "model")
         check_name(system)
         announce("reading", None)
         log = Sources(interactions, None, names, timestamp_unit, invalid_rows).read_interactions()
-        made = _split(settings, ids, log, arguments)
+        split = trained_split(log, catalog, settings)
         announce("ranking and timing", None)
         facts = {
             "system": system,
             "seeds": {"training": settings.training.get("trainer", {}).get("seed"), "cases": seed},
         }
-        report, evaluations = _report(model, made, part, facts, max_cases, rounds, resamples, seed)
+        report, evaluations = _report(model, split, part, facts, max_cases, rounds, resamples, seed)
     if out is not None:
         for evaluation in evaluations:
             evaluation.save(out)
@@ -144,8 +109,8 @@ def reasoning(
     _show(report, [path for path in (json_file, html, out) if path is not None])
 
 
-def _opened(name: str, revision: str | None, device: str | None) -> "tuple[SequenceModel, Settings, list[str]]":
-    """An artefact's model that thinks, its settings, and the ids of the items that it was trained on.
+def _opened(name: str, revision: str | None, device: str | None) -> "tuple[SequenceModel, Settings, Catalog]":
+    """An artefact's model that thinks, its settings, and its catalog.
 
     Raises:
         ArtefactError: if it is no sequence model's.
@@ -167,32 +132,7 @@ def _opened(name: str, revision: str | None, device: str | None) -> "tuple[Seque
         )
     model = load_model(folder, device=device)
     thinker(model)
-    # Items that came after the training have the last rows, and the model that was saved knows nothing of them.
-    ids = CatalogVersions(folder / CATALOG_FOLDER).load().ids[: model.num_items]
-    return model, read_settings(folder), list(ids)
-
-
-def _split(settings: "Settings", ids: "Sequence[str]", log: "Interactions", arguments: "SplitArguments") -> "Split":
-    """The split of the log: by default the artefact's own; raises DataError if it was trained on another."""
-    from dataclasses import asdict
-
-    import polars as pl
-
-    from llmrec.data.arguments import SplitArguments
-    from llmrec.data.columns import ITEM
-    from llmrec.data.items import Items
-    from llmrec.exceptions import DataError
-
-    if asdict(arguments) == asdict(SplitArguments()) and settings.protocol:
-        arguments = SplitArguments.from_protocol(settings.protocol)
-    found = arguments.make(log, Items.from_frame(pl.DataFrame({ITEM: ids})))
-    if found.content_hash != settings.split:
-        raise DataError(
-            f"The interactions have the split {found.content_hash[:12]}, the artefact was trained on "
-            f"{settings.split[:12] or 'an unknown one'}: its training may hold these cases. Give the file and the "
-            "split that it was trained with."
-        )
-    return found
+    return model, read_settings(folder), CatalogVersions(folder / CATALOG_FOLDER).load()
 
 
 def _report(

@@ -56,7 +56,7 @@ class IntoItems:
         from llmrec.sequence.histories import LoggedHistories
         from llmrec.sequence.windows import TrainingWindows
 
-        split = self.teacher.split
+        split = self.teacher.learnt
         self.items.check()
         self.losses.check()
         if self.items.sparse_gradients:
@@ -119,7 +119,7 @@ class IntoItems:
 
         if self.same:
             return self._fewer_layers(self.teacher.sequence_model)
-        features = self.items.features(self.teacher.split)
+        features = self.items.features(self.teacher.learnt)
         model = SequenceModel(
             sequence_config(
                 self.encoder().config(self.told.positions(self.max_history)),
@@ -165,7 +165,7 @@ class IntoItems:
     def table(self) -> ItemDistributions:
         """The language model's soft targets, computed once and kept on disk."""
         if self._table is None:
-            split, training = self.teacher.split, self.training
+            split, training = self.teacher.learnt, self.training
             places = training_places(split, self.data.soft_cases, training.seed)
             folder = self.data.soft_cache or f"{self.data.artefact.rstrip('/')}.soft_targets"
             recommender, width, identity = self.teacher.recommender, self.data.soft_items, self.teacher.identity

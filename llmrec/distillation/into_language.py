@@ -232,7 +232,7 @@ class IntoLanguage:
         asked = self.teacher.recommender
         recorded = asked.settings.training.get("data", {})
         return TaskData(
-            self.teacher.split,
+            self.teacher.learnt,
             catalog,
             tokenizer,
             asked.prompt,

@@ -82,14 +82,16 @@ def train_student(
     shutdown = ShutdownCallback()
     callbacks: list[Any] = [EarlyStoppingCallback(training.early_stopping)] if training.early_stopping else []
     trainer = kind.trainer(method, model, arguments, [*callbacks, shutdown])
-    record = kind.described() | {
+    described = kind.described()
+    record = described | {
+        "data": described["data"] | teacher.share,
         "distillation": {"method": method, "teacher": _described(teacher)}
         | {name: getattr(data, name) for name in _LESSON if method != "cross_entropy"}
         | {"student": student.student, "keep_layers": student.keep_layers if student.student == "same" else None},
         "sizes": {name: getattr(student, name) for name in ("num_hidden_layers", "hidden_size")},
         "trainer": {name: getattr(training, name) for name in _TRAINING},
     }
-    identity = [record, asdict(student), teacher.identity, teacher.split.content_hash]
+    identity = [record, asdict(student), teacher.identity, teacher.learnt.content_hash]
     resume = checkpoint_to_resume(output_dir, identity, fresh=data.fresh)
     logger.info(
         "%s: %.2f M parameters, the teacher's %.2f M%s",

@@ -1,7 +1,7 @@
 """Teacher: an artefact that is learnt from, the interactions it was trained on, and how it does on their test part."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from llmrec import artefact
 from llmrec.data.arguments import ColumnArguments, SplitArguments
-from llmrec.exceptions import BackboneError, DataError
+from llmrec.exceptions import BackboneError
 from llmrec.recommender import Recommender
 
 if TYPE_CHECKING:
@@ -24,12 +24,14 @@ class Teacher:
 
     Attributes:
         recommender: of a language model, or of a sequence model.
-        split: the one that it was trained on.
+        split: of all interactions: what it and its students are tested on.
+        learnt: the same with the training interactions of the users alone whom it learnt from, as its students do.
         identity: a hash of its weights.
     """
 
     recommender: Recommender
     split: "Split" = field(repr=False)
+    learnt: "Split" = field(repr=False)
     identity: str
 
     @classmethod
@@ -52,27 +54,22 @@ class Teacher:
 
         Raises:
             ArtefactError: if the folder is none.
+            RecipeError: if its catalog has grown since its training.
             DataError: if the split is not the artefact's: its training may hold what is tested.
         """
-        import polars as pl
-
-        from llmrec.data.columns import ITEM
-        from llmrec.data.items import Items
+        from llmrec.trained_split import learnt_part, refuse_grown, trained_split
 
         folder = artefact.resolve(path_or_repo_id)
         recommender = Recommender.from_pretrained(folder, device=device)
-        settings = recommender.settings
-        if asdict(splits) == asdict(SplitArguments()) and settings.protocol:
-            splits = SplitArguments.from_protocol(settings.protocol)
-        log = names.read_interactions(interactions)
-        split = splits.make(log, Items.from_frame(pl.DataFrame({ITEM: recommender.catalog.ids})))
-        if split.content_hash != settings.split:
-            raise DataError(
-                f"The interactions have the split {split.content_hash[:12]}, and {path_or_repo_id} was trained on "
-                f"{settings.split[:12] or 'an unknown one'}: its training may hold these test items. Give the file "
-                "and the split that it was trained on."
-            )
-        return cls(recommender, split, artefact.weights_hash(folder))
+        refuse_grown(recommender.catalog, path_or_repo_id)
+        split = trained_split(names.read_interactions(interactions), recommender.catalog, recommender.settings, splits)
+        return cls(recommender, split, learnt_part(split, recommender.settings), artefact.weights_hash(folder))
+
+    @property
+    def share(self) -> dict[str, Any]:
+        """The share of the users whom it learnt from, in the words of its own record; empty for all."""
+        recorded = self.recommender.settings.training.get("data", {})
+        return {name: recorded[name] for name in ("train_share", "train_share_seed") if name in recorded}
 
     @property
     def is_sequence(self) -> bool:

@@ -1,7 +1,7 @@
 """Start: the artefact that a training after SFT begins with, and the interactions that it was trained on."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -10,10 +10,10 @@ from llmrec.artefact_parts import Settings, is_sequence, load_parts
 from llmrec.catalog import CATALOG_FOLDER
 from llmrec.catalog_versions import refuse_to_replace
 from llmrec.data.arguments import ColumnArguments, SplitArguments
-from llmrec.data.columns import ITEM
 from llmrec.data.split import Split
-from llmrec.exceptions import ArtefactError, DataError, RecipeError
+from llmrec.exceptions import ArtefactError, RecipeError
 from llmrec.tasks.task_data import TaskData
+from llmrec.trained_split import learnt_part, refuse_grown, trained_split
 
 if TYPE_CHECKING:
     from llmrec.recommender import Recommender
@@ -73,11 +73,8 @@ class Start:
             RecipeError: if it is a sequence model, or its catalog has grown since its training.
             DataError: if the interactions are not those that it was trained on.
         """
-        import polars as pl
         from transformers import AutoTokenizer
 
-        from llmrec.data.items import Items
-        from llmrec.data.subset import learnt_split
         from llmrec.tasks.tables import Preferences
         from llmrec.tasks.templates import load_templates
 
@@ -88,25 +85,10 @@ class Start:
                 "artefact of train/sft.py."
             )
         tokenizer, catalog, prompt, settings = load_parts(folder, AutoTokenizer.from_pretrained(folder))
-        if catalog.base_items < len(catalog):
-            raise RecipeError(
-                f"The catalog of {path_or_repo_id} has {len(catalog) - catalog.base_items} item(s) that came after "
-                "its training, of which its interactions teach nothing. Roll it back to its base version."
-            )
-        if asdict(splits) == asdict(SplitArguments()) and settings.protocol:
-            splits = SplitArguments.from_protocol(settings.protocol)
-        split = splits.make(names.read_interactions(interactions), Items.from_frame(pl.DataFrame({ITEM: catalog.ids})))
-        if split.content_hash != settings.split:
-            raise DataError(
-                f"The interactions have the split {split.content_hash[:12]}, and {path_or_repo_id} was trained on "
-                f"{settings.split[:12] or 'an unknown one'}: one may hold what the other tests. Give the file and the "
-                "split flags that it was trained with."
-            )
-        recorded = settings.training.get("data", {})
-        # Who was no part of the first training is none of this one.
-        learnt = learnt_split(split, recorded.get("train_share", 1.0), recorded.get("train_share_seed", 0))
+        refuse_grown(catalog, path_or_repo_id)
+        split = trained_split(names.read_interactions(interactions), catalog, settings, splits)
         held = TaskData(
-            learnt,
+            learnt_part(split, settings),  # who was no part of the first training is none of this one
             catalog,
             tokenizer,
             prompt,

@@ -74,7 +74,7 @@ def test_another_log_is_refused(app, data, tmp_path):
     given = [str(data / "artefact"), "--interactions", str(tmp_path / "log.csv"), "--user-column", "who"]
     result = CliRunner().invoke(app, given)
     assert isinstance(result.exception, DataError)
-    assert "Give the file that it was trained on" in str(result.exception)
+    assert "Give the file and the split that it was trained on." in str(result.exception)
 
 
 def test_a_sequence_model_is_asked_too(app, data, tmp_path):

@@ -18,13 +18,22 @@ from safetensors.torch import load_file
 
 from llmrec import Recommender
 from llmrec.backbones.causal_lm import BackboneArguments, from_scratch
+from llmrec.data.arguments import ColumnArguments, SplitArguments
+from llmrec.distillation.arguments import DistillArguments, StudentArguments
+from llmrec.distillation.into_items import IntoItems
+from llmrec.distillation.into_language import IntoLanguage
+from llmrec.distillation.item_distributions import training_places
 from llmrec.distillation.measurement import size_of
+from llmrec.distillation.teacher import Teacher
 from llmrec.evaluation.evaluation import Evaluation
 from llmrec.exceptions import BackboneError, DataError, LLMRecError, RecipeError
+from llmrec.losses.arguments import LossArguments
 from llmrec.model_card import card_of
 from llmrec.script import parse
+from llmrec.sequence.arguments import EventArguments, ItemArguments
 from llmrec.sequence.recommender import SequenceRecommender
 from llmrec.stages import stage_command, stage_path
+from llmrec.training.arguments import FineTuningArguments
 from llmrec.vocabulary import train_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -267,12 +276,36 @@ def test_what_does_not_go_together_is_said_before_anything_is_trained(
     assert not (tmp_path / "artefact").exists()
 
 
+@pytest.mark.parametrize("student", ["same", "sasrec"])
+def test_students_learn_from_the_users_whom_the_teacher_learnt_from(stage, data, teacher, tmp_path, student):
+    taught = Recommender.from_pretrained(teacher)
+    taught.settings.training["data"] |= {"train_share": 0.5, "train_share_seed": 1}
+    taught.save_pretrained(tmp_path / "teacher")
+    names, splits = ColumnArguments(), SplitArguments()
+    found = Teacher.read(str(tmp_path / "teacher"), str(data / "log.csv"), names, splits, "cpu")
+    lengths = [split.train_ends - split.offsets[:-1] for split in (found.split, found.learnt)]
+    assert 2 * (lengths[1] > 0).sum() == (lengths[0] > 0).sum()
+    given = DistillArguments(teacher="t", interactions="i", artefact=str(tmp_path / "made"), eval_users=0)
+    kind = StudentArguments(student=student, num_hidden_layers=1)
+    if student == "same":
+        made = IntoLanguage(found, given, kind, FineTuningArguments(output_dir=str(tmp_path), use_cpu=True), None)
+        assert made.held.split is found.learnt
+    else:
+        flags = (ItemArguments(), EventArguments(), LossArguments())
+        made = IntoItems(found, given, kind, *flags, FineTuningArguments(output_dir=str(tmp_path), use_cpu=True))
+        places = training_places(found.learnt)
+        assert made.windows.target_counts().sum() == len(places) < len(training_places(found.split))
+        assert made.table().places.tolist() == places.tolist()
+    assert made.settings({}).split == found.split.content_hash
+    assert found.share == {"train_share": 0.5, "train_share_seed": 1}
+
+
 def test_another_log_and_another_kind_of_teacher_are_refused(stage, data, teacher, sequence_teacher, tmp_path):
     lines = (data / "log.csv").read_text().splitlines()
     (tmp_path / "log.csv").write_text("\n".join(lines[:-1]) + "\n")
     flags = flags_of(data, teacher, tmp_path / "artefact")
     flags[flags.index("--interactions") + 1] = str(tmp_path / "log.csv")
-    with pytest.raises(DataError, match="may hold these test items"):
+    with pytest.raises(DataError, match="may hold what is held out here"):
         call(stage, *flags)
     with pytest.raises(LLMRecError, match="which knows no tokens"):
         call(stage, *flags_of(data, sequence_teacher, tmp_path / "artefact"))

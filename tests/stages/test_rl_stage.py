@@ -467,7 +467,7 @@ def strange(data, start, tmp_path_factory):
         (["--start", "{strange}/torn"], "model.safetensors"),
         (["--start", "{strange}/grown"], "Roll it back"),
         (["--start", "{strange}/sequence"], "a sequence model"),
-        (["--interactions", "{strange}/shorter.csv"], "one may hold what the other tests"),
+        (["--interactions", "{strange}/shorter.csv"], "may hold what is held out here"),
         (["--split", "global-temporal"], "was trained on"),
         (["--artefact", "{start}"], "would replace what training begins with"),
         (["--artefact", "{strange}/mine/artefact"], "holds something else"),
