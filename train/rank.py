@@ -125,7 +125,7 @@ def main(
         model.num_parameters() / 1e6,
         f"{len(train):,}",
     )
-    fitted = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     shutdown.exit_if_stopped()
     trained: CTRModel = trainer.accelerator.unwrap_model(trainer.model)
     logits = trainer.logits(task.cases(task.test, data.max_history))
@@ -141,7 +141,7 @@ def main(
         "labels": measured(task, logits, data.simultaneous),
         "evaluations": [line for line in trainer.state.log_history if "eval_loss" in line],
         "cost": {
-            "fit_seconds": round(float(fitted.metrics["train_runtime"]), 1),  # since the last start, if resumed
+            "fit_seconds": round(trainer.fit_seconds, 1),
             "parameters": trained.num_parameters(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         },

@@ -153,7 +153,7 @@ def main(
             num_beams=num_beams,
             seed=training.seed,
             cost={
-                "fit_seconds": round(seconds, 1),  # since the last start, if it was resumed
+                "fit_seconds": round(seconds, 1),
                 "steps": trainer.state.global_step,
                 "device": torch.cuda.get_device_name() if cuda else "cpu",
             },
@@ -290,7 +290,7 @@ def trained(
     """Trains from the newest whole checkpoint on, and loads the best; the trainer, and the seconds that it took."""
     from transformers import TrainerState
 
-    from llmrec.training.checkpoints import checkpoint_to_resume
+    from llmrec.training.checkpoints import checkpoint_to_resume, seconds_of
     from llmrec.training.shutdown import ShutdownCallback
 
     training.dataloader_pin_memory = training.device.type == "cuda"
@@ -298,16 +298,16 @@ def trained(
     trainer = make([guard, shutdown])
     resume = checkpoint_to_resume(training.output_dir, identity, fresh=fresh)
     state = None if resume is None else TrainerState.load_from_json(str(resume / "trainer_state.json"))
-    seconds = 0.0
+    seconds = 0.0 if resume is None else seconds_of(resume)
     if state is not None and guard.had_ended(state):
         logger.info("the training had ended with %s", resume)
         trainer.state = state
     else:
         if resume is not None:
             logger.info("continuing from %s", resume)
-        result = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         shutdown.exit_if_stopped()
-        seconds = float(result.metrics["train_runtime"])
+        seconds = trainer.fit_seconds
     if guard.best_step is not None:
         trainer.state.best_model_checkpoint = str(Path(training.output_dir) / f"checkpoint-{guard.best_step}")
         # It warns that a checkpoint lacks the head of a model whose head is its embeddings.

@@ -194,11 +194,11 @@ def main(
     resume = checkpoint_to_resume(training.output_dir, described, data.fresh)
     if resume is not None:
         logger.info("continuing from %s", resume)
-    trained = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     shutdown.exit_if_stopped()
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        finish(data, split, items, histories, trainer, system, record, float(trained.metrics["train_runtime"]))
+        finish(data, split, items, histories, trainer, system, record)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -233,7 +233,6 @@ def finish(
     trainer: "SequenceTrainer",
     system: str,
     record: dict[str, Any],
-    seconds: float,
 ) -> None:
     """Tests the model, and writes the artefact, the evaluation, metrics.json and the training's page."""
     import torch
@@ -250,7 +249,7 @@ def finish(
     evaluations = log_curve(trainer.state.log_history)
     versions = {package.__name__: str(package.__version__) for package in (llmrec, torch, transformers)}
     cost = {
-        "fit_seconds": round(seconds, 1),  # since the last start, if it was resumed
+        "fit_seconds": round(trainer.fit_seconds, 1),
         "parameters": model.num_parameters(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }

@@ -163,7 +163,7 @@ def main(
             sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / 1e6,
             *("streamed" if data.stream else f"{len(rows):,}", len(valid), longest),
         )
-        trainer, seconds = fit(
+        trainer = fit(
             *(phase, model, rows, valid),
             tokenizer=held.tokenizer,
             ranking=ranking,
@@ -176,7 +176,7 @@ def main(
         if trained is not None and phase.result is not None:
             phase.finish(merge(trained), held.tokenizer, new_rows, str(described))
         elif trained is not None:
-            settings.training |= record_of(trainer, seconds)
+            settings.training |= record_of(trainer)
             save(data, held, settings, tasks, phase, trained.eval(), base, compute_dtype)
             if data.test_users:
                 test(data, split, held, settings)
@@ -245,7 +245,7 @@ def recommend_of(held: "TaskData", settings: "Settings", ranked: list[int]) -> A
     return recommend
 
 
-def record_of(trainer: Any, seconds: float) -> dict[str, Any]:
+def record_of(trainer: Any) -> dict[str, Any]:
     """What an artefact keeps of its training's course and cost."""
     import torch
     import transformers
@@ -256,7 +256,7 @@ def record_of(trainer: Any, seconds: float) -> dict[str, Any]:
     return {
         "evaluations": log_curve(trainer.state.log_history),
         "cost": {
-            "fit_seconds": round(seconds, 1),  # since the last start, if it was resumed
+            "fit_seconds": round(trainer.fit_seconds, 1),
             "parameters": trainer.accelerator.unwrap_model(trainer.model).num_parameters(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         },

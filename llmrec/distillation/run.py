@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import logging
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
@@ -98,7 +97,6 @@ def train_student(
         *(method, size_of(model)["parameters"] / 1e6, size_of(teacher.recommender.model)["parameters"] / 1e6),
         "" if resume is None else f"; continuing from {resume}",
     )
-    begun = time.monotonic()
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     shutdown.exit_if_stopped()
     trainer.accelerator.wait_for_everyone()
@@ -112,7 +110,7 @@ def train_student(
         made = record | {
             "evaluations": log_curve(trainer.state.log_history),
             "cost": {
-                "fit_seconds": round(time.monotonic() - begun, 1),  # since the last start, if it was resumed
+                "fit_seconds": round(trainer.fit_seconds, 1),
                 **size_of(trained),
                 "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             },

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,11 +43,19 @@ class WholeCheckpoints(Trainer):
     collective save leaves the others waiting until the backend's timeout; the checkpoints before it stay whole there,
     too. `output_dir` is one folder that all processes see, or one on each machine with `save_on_each_node`.
 
-    The mean loss that is logged continues across a restart: each process keeps its sum since the last log.
+    The mean loss that is logged continues across a restart: each process keeps its sum since the last log. So do the
+    seconds of training (`fit_seconds`); what a killed training did behind its last checkpoint is not among them.
     """
 
     _staging: Path | None = None
     _push: bool = False
+    _seconds: float = 0.0
+    _begun: float | None = None
+
+    @property
+    def fit_seconds(self) -> float:
+        """Seconds of training with evaluations and checkpoints: this start's, and those before what it continued."""
+        return self._seconds + (0.0 if self._begun is None else time.monotonic() - self._begun)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; `resume_from_checkpoint=True` takes the newest whole checkpoint, not the newest.
@@ -62,9 +71,11 @@ class WholeCheckpoints(Trainer):
             resume_from_checkpoint = str(found)
         if self.args.should_save:
             shutil.rmtree(folder / _STAGING, ignore_errors=True)
+        self._seconds, self._begun = 0.0, time.monotonic()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
+            self._seconds, self._begun = self.fit_seconds, None
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ShutdownCallback):
                     callback.restore()
@@ -130,13 +141,15 @@ class WholeCheckpoints(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        since = {"processes": self.args.world_size, "step": self._globalstep_last_logged}
+        since = {"processes": self.args.world_size, "step": self._globalstep_last_logged, "seconds": self.fit_seconds}
         # In hexadecimal, exactly, and with words for what JSON has none for.
-        write_json(self._running_loss(output_dir), since | {"loss": self._tr_loss.item().hex()})
+        write_json(_running(output_dir, self.args.process_index), since | {"loss": self._tr_loss.item().hex()})
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        path = None if checkpoint is None else self._running_loss(checkpoint)
+        if checkpoint is not None:
+            self._seconds = seconds_of(checkpoint)
+        path = None if checkpoint is None else _running(checkpoint, self.args.process_index)
         since = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
         loss = 0.0
         if since.get("processes") == self.args.world_size:
@@ -146,9 +159,6 @@ class WholeCheckpoints(Trainer):
         # What was lost before this start is no part of this start's mean.
         losses = _gathered(loss)
         self._total_loss_scalar -= sum(losses) / len(losses)
-
-    def _running_loss(self, folder: str) -> Path:
-        return Path(folder) / f"running_loss_{self.args.process_index}.json"
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         # A training that was stopped goes on later. The Trainer, which believes that it has ended, would load the best
@@ -162,6 +172,12 @@ class WholeCheckpoints(Trainer):
             return super()._finalize_training(*args, **kwargs)
         finally:
             self.state.best_model_checkpoint = best
+
+
+def seconds_of(checkpoint: str | Path) -> float:
+    """The seconds of training up to a checkpoint; 0 of one that does not say."""
+    path = _running(checkpoint, 0)
+    return float(json.loads(path.read_text(encoding="utf-8")).get("seconds", 0.0)) if path.is_file() else 0.0
 
 
 def checkpoint_to_resume(folder: str | Path, described: Any, fresh: bool = False) -> Path | None:
@@ -207,6 +223,11 @@ def newest_whole_checkpoint(folder: str | Path, below: int | None = None) -> Pat
             return checkpoint
         logger.warning("%s is passed over: %s", checkpoint, why)
     return None
+
+
+def _running(checkpoint: str | Path, process: int) -> Path:
+    """A process's running loss, and the seconds so far."""
+    return Path(checkpoint) / f"running_loss_{process}.json"
 
 
 def _put_in_place(staged: Path, final: Path) -> None:

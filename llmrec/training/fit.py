@@ -30,8 +30,8 @@ def fit(
     tasks: Sequence[str],
     described: Any,
     fresh: bool = False,
-) -> tuple[GenerativeTrainer, float]:
-    """Trains a phase's model; returns the trainer, which holds it, and the seconds that this start took.
+) -> GenerativeTrainer:
+    """Trains a phase's model; returns the trainer, which holds it.
 
     Args:
         phase: how.
@@ -73,7 +73,7 @@ def fit(
     resume = checkpoint_to_resume(arguments.output_dir, [described, phase.method], fresh=fresh)
     if resume is not None:
         logger.info("continuing from %s", resume)
-    trained = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     shutdown.exit_if_stopped()
     if arguments.deepspeed_plugin is not None:
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -81,4 +81,4 @@ def fit(
         # With ZeRO-3, a model that one process loads from here on would wait for the others to take their shares.
         unset_hf_deepspeed_config()
     trainer.accelerator.wait_for_everyone()
-    return trainer, float(trained.metrics["train_runtime"])
+    return trainer

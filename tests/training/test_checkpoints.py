@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,12 +26,12 @@ from tiny_training import (
     tiny_trainer,
     weights,
 )
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from llmrec.exceptions import BackboneError
 from llmrec.training import checkpoints
-from llmrec.training.checkpoints import WholeCheckpoints, checkpoint_to_resume, newest_whole_checkpoint
+from llmrec.training.checkpoints import WholeCheckpoints, checkpoint_to_resume, newest_whole_checkpoint, seconds_of
 from llmrec.training.manifest import MANIFEST, why_not_whole, write_manifest
 
 
@@ -397,6 +398,29 @@ def test_the_mean_loss_of_a_start_is_of_its_own_steps(tmp_path):
     found = tiny_trainer(tmp_path / "cut").train(resume_from_checkpoint=True)
     own = [entry["loss"] for entry in losses(each) if entry["step"] > 8]
     assert found.training_loss == pytest.approx(np.mean(own), rel=1e-6)
+
+
+def test_the_seconds_of_a_training_are_those_of_all_its_starts(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(checkpoints, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            now[0] += 10.0
+
+    with pytest.raises(CrashError):
+        tiny_trainer(tmp_path, callbacks=[Clock(), Recorder(9, crash)]).train()
+    assert seconds_of(newest_whole_checkpoint(tmp_path)) == 80.0  # the ninth step is lost, and so is its time
+    now[0] = 5000.0
+    trainer = tiny_trainer(tmp_path, callbacks=[Clock()])
+    assert trainer.fit_seconds == 0.0
+    trainer.train(resume_from_checkpoint=True)
+    now[0] += 700.0
+    assert trainer.fit_seconds == 120.0
+    trainer.train()
+    assert trainer.fit_seconds == 120.0  # of a training from its beginning, not of two
+    (tmp_path / "checkpoint-12" / "running_loss_0.json").unlink()
+    assert seconds_of(tmp_path / "checkpoint-12") == 0.0
 
 
 def test_a_loss_that_is_not_finite_is_carried_on(tmp_path):
