@@ -5,10 +5,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy.typing as npt
 
 
 @contextmanager
@@ -81,6 +83,26 @@ def sha256_of(path: str | Path) -> str:
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
+    return digest.hexdigest()
+
+
+def digest_of(path: str | Path) -> str:
+    """The sha256 of a file, or of all files of a folder with their names; of what is neither, of the text itself."""
+    found = Path(path)
+    if found.is_file():
+        return sha256_of(found)
+    digest = hashlib.sha256()
+    for file in sorted(found.rglob("*")) if found.is_dir() else ():
+        if file.is_file():
+            digest.update(f"{file.relative_to(found).as_posix()}\0{sha256_of(file)}\n".encode())
+    return digest.hexdigest() if found.is_dir() else hashlib.sha256(str(path).encode()).hexdigest()
+
+
+def digest_of_arrays(arrays: Iterable[npt.NDArray[Any] | None]) -> str:
+    """The sha256 of what arrays hold, with their types and shapes, in order."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(b"none" if array is None else f"{array.dtype.str}{array.shape}".encode() + array.tobytes())
     return digest.hexdigest()
 
 

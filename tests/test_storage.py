@@ -4,9 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from llmrec.storage import atomic_folder, atomic_path, sha256_of, write_json
+from llmrec.storage import atomic_folder, atomic_path, digest_of, digest_of_arrays, sha256_of, write_json
 
 
 class BoomError(Exception):
@@ -87,3 +88,32 @@ def test_what_killed_processes_left_is_put_right(tmp_path) -> None:
         1 / 0  # noqa: B018
     assert (tmp_path / "folder" / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_digests_are_of_contents_and_of_names_inside(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        (folder / "below").mkdir(parents=True)
+        (folder / "below" / "a.bin").write_bytes(b"a")
+    assert digest_of(one) == digest_of(str(two))
+    (two / "below" / "a.bin").write_bytes(b"b")
+    assert digest_of(one) != digest_of(two)
+    (one / "below" / "a.bin").rename(one / "below" / "c.bin")
+    (two / "below" / "a.bin").write_bytes(b"a")
+    assert digest_of(one) != digest_of(two)
+    assert digest_of(two / "below" / "a.bin") == sha256_of(one / "below" / "c.bin")
+    assert digest_of("item-cf") != digest_of("other")
+
+
+def test_digests_of_arrays_know_order_type_and_shape() -> None:
+    numbers = np.arange(6)
+    given = [
+        [numbers, None],
+        [None, numbers],
+        [numbers],
+        [numbers.reshape(2, 3), None],
+        [numbers.astype(np.int32), None],
+        [numbers[::-1], None],
+    ]
+    assert len({digest_of_arrays(arrays) for arrays in given}) == len(given)
+    assert digest_of_arrays(given[0]) == digest_of_arrays([numbers.copy(), None])

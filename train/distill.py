@@ -33,14 +33,25 @@ from llmrec.script import parser, run
 from llmrec.sequence.arguments import EventArguments, ItemArguments
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from trl import TrlParser
 
     from llmrec.training.arguments import FineTuningArguments
 
 logger = logging.getLogger("llmrec.train.distill")
 
-# What of `DistillArguments` is for students that are sequence models.
-_WINDOWS = ("windows", "tokens_per_batch", "soft_items", "soft_cases", "soft_rest", "soft_cache")
+# From a language model into a sequence model.
+_SOFT = ("soft_items", "soft_cases", "soft_rest", "soft_cache")
+# What students of one kind alone have; those that are sequence models also have flags of items, events and losses.
+_OF_LANGUAGE = (
+    *("tasks", "softmax_range", "eval_rows", "backbone_revision", "attn_implementation", "dtype"),
+    *("loss_vocabulary", "batching"),
+)
+_OF_SEQUENCES = (
+    *("windows", "tokens_per_batch", "relative_bias", "position_embeddings", "residual", "norm", "feed_forward"),
+    *("gate", *_SOFT),
+)
 
 
 def make_parser() -> "TrlParser":
@@ -88,7 +99,7 @@ def main(
         training.output_dir = f"{data.artefact.rstrip('/')}.checkpoints"
     teacher = Teacher.read(data.teacher, data.interactions, names, splits, str(training.device))
     student.check(teacher.is_sequence, data.method)
-    refuse_unused(data, items, events, losses, teacher.is_sequence or student.is_sequence)
+    refuse_unused((data, student, training), (items, events, losses), teacher.is_sequence, student.is_sequence)
     if teacher.is_sequence or student.is_sequence:
         kind: Any = IntoItems(teacher, data, student, items, events, losses, training)
     else:
@@ -102,19 +113,33 @@ def main(
 
 
 def refuse_unused(
-    data: DistillArguments, items: ItemArguments, events: EventArguments, losses: LossArguments, sequence: bool
+    flags: "Sequence[Any]", of_sequences: "Sequence[Any]", sequence_teacher: bool, sequence_student: bool
 ) -> None:
-    """Raises RecipeError for flags that this kind of student, a sequence model or not, has no use for."""
-    names = ("tasks", "softmax_range") if sequence else _WINDOWS
-    checked: tuple[Any, ...] = (data,) if sequence else (data, items, events, losses)
-    for flags in checked:
-        for one in fields(flags):
-            if (flags is not data or one.name in names) and getattr(flags, one.name) != one.default:
-                kinds = ("language", "sequence") if sequence else ("sequence", "language")
-                raise RecipeError(
-                    f"--{one.name} is for {kinds[0]} models, and the student is a {kinds[1]} model. Leave it out, or "
-                    "name another --student."
-                )
+    """Raises RecipeError for flags that nothing reads of this teacher and this student.
+
+    Args:
+        flags: of any student.
+        of_sequences: of students alone that are sequence models.
+        sequence_teacher: whether the teacher is a sequence model, as then the student is.
+        sequence_student: whether `--student` names one.
+    """
+    sequence = sequence_teacher or sequence_student
+    refused = dict.fromkeys(
+        _OF_LANGUAGE if sequence else _OF_SEQUENCES,
+        f"is for {'language' if sequence else 'sequence'} models, and the student is a "
+        f"{'sequence' if sequence else 'language'} model. Leave it out, or name another --student",
+    )
+    if sequence_teacher:
+        refused |= dict.fromkeys(_SOFT, "is for teachers that are language models, and this is none. Leave it out")
+    if not sequence:
+        every = [one.name for group in of_sequences for one in fields(group)]
+        refused |= dict.fromkeys(every, refused[_OF_SEQUENCES[0]])
+    said = "is of a first stage for new tokens, which train/sft.py has. Leave it out"
+    refused |= dict.fromkeys(("new_tokens_epochs", "new_tokens_learning_rate"), said)
+    for group in (*flags, *of_sequences):
+        for one in fields(group):
+            if one.name in refused and getattr(group, one.name) != one.default:
+                raise RecipeError(f"--{one.name} {refused[one.name]}.")
 
 
 if __name__ == "__main__":

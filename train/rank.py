@@ -28,11 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("llmrec.train.rank")
 
 _PATHS = ("train_rows", "test_rows", "artefact", "beside", "fresh")
-_TRAINING = (
-    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
-    *("lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "train_sampling_strategy"),
-    *("metric_for_best_model", "load_best_model_at_end", "early_stopping", "bf16", "fp16", "world_size"),
-)
+_TRAINING = ("train_sampling_strategy", "metric_for_best_model", "load_best_model_at_end", "early_stopping")
 
 
 def make_parser() -> "TrlParser":
@@ -59,7 +55,7 @@ def main(
     from llmrec.ctr.task import CTRTask
     from llmrec.ctr.trainer import CTRTrainer
     from llmrec.storage import write_json
-    from llmrec.training.arguments import UNNAMED
+    from llmrec.training.arguments import OPTIMISATION, UNNAMED
     from llmrec.training.checkpoints import checkpoint_to_resume
     from llmrec.training.curve import training_page
     from llmrec.training.shutdown import ShutdownCallback
@@ -102,7 +98,7 @@ def main(
         "items": {
             name: value for name, value in asdict(items).items() if name not in ("item_embeddings", "semantic_ids")
         },
-        "trainer": {name: getattr(training, name) for name in _TRAINING},
+        "trainer": {name: getattr(training, name) for name in (*_TRAINING, *OPTIMISATION)},
     }
     if data.passes == "windows":
         train: Any = task.windows(data.max_history)

@@ -28,10 +28,11 @@ from llmrec.script import parser, run
 if TYPE_CHECKING:
     from trl import TrlParser
 
-    from llmrec.reinforcement.arguments import GuardArguments, RLArguments, RLTrainingArguments
+    from llmrec.reinforcement.arguments import GuardArguments, RLArguments
     from llmrec.reinforcement.cases import RolloutCases
     from llmrec.reinforcement.guard import RLGuard
     from llmrec.reinforcement.start import Start
+    from llmrec.reinforcement.training_arguments import RLTrainingArguments
 
 logger = logging.getLogger("llmrec.train.rl")
 
@@ -41,12 +42,7 @@ _DATA = (
     *("group_weights", "adapter"),
     *("lora_rank", "lora_alpha", "dtype"),
 )
-_TRAINING = (
-    *("method", "seed", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("beta", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay"),
-    *("max_grad_norm", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha"),
-    *("bf16", "fp16", "gradient_checkpointing", "world_size"),
-)
+_TRAINING = ("method", "seed", "beta", "gradient_checkpointing")
 _OF_GROUPS = (
     ("rewards", "later_items", "backend"),
     (
@@ -68,7 +64,8 @@ _OF_PREFERENCES = (("negatives", "negative_source"), ("train_sampling_strategy",
 
 def make_parser() -> "TrlParser":
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as `llmrec.script` does, before TRL imports it
-    from llmrec.reinforcement.arguments import GuardArguments, RLArguments, RLTrainingArguments
+    from llmrec.reinforcement.arguments import GuardArguments, RLArguments
+    from llmrec.reinforcement.training_arguments import RLTrainingArguments
 
     return parser((RLArguments, GuardArguments, ColumnArguments, SplitArguments, RLTrainingArguments), __doc__)
 
@@ -86,19 +83,21 @@ def main(
 
     import llmrec
     from llmrec.evaluation.evaluation import check_name
-    from llmrec.reinforcement.arguments import METHODS, PREFERENCES
+    from llmrec.reinforcement.arguments import METHODS, NEGATIVES, PREFERENCES
     from llmrec.reinforcement.cases import RolloutCases
     from llmrec.reinforcement.guard import RLGuard
     from llmrec.reinforcement.report import read_log
     from llmrec.reinforcement.result import write_result
     from llmrec.reinforcement.slice import DEPTH, CaseLists, SliceRanking, temporal_slice
     from llmrec.reinforcement.start import Start, check_place
-    from llmrec.training.arguments import UNNAMED
+    from llmrec.storage import digest_of
+    from llmrec.training.arguments import OPTIMISATION, UNNAMED
     from llmrec.training.curve import LOG_FILE
 
     # Whatever can be wrong is found out before a weight is loaded.
     transformers.set_seed(training.seed)
     data.check(training.method)
+    data.negatives = data.negatives or NEGATIVES.get(training.method)
     limits = guarding.limits()
     for system in (data.system, data.start_system):
         check_name(system)
@@ -128,11 +127,12 @@ def main(
     more_data, more_training = _OF_PREFERENCES if training.method in PREFERENCES else _OF_GROUPS
     described = {
         "data": {name: getattr(data, name) for name in (*_DATA, *more_data)} | {"num_beams": num_beams},
-        "trainer": {name: getattr(training, name) for name in (*_TRAINING, *more_training)},
+        "trainer": {name: getattr(training, name) for name in (*_TRAINING, *OPTIMISATION, *more_training)},
         "guard": guard.document()["limits"] | {"steps": guarding.guard_steps},
     }
-    # Checkpoints of another run (another start, other data, rewards or hyperparameters) are not continued.
-    sources = [data.embeddings, data.collaborative, data.preferences]
+    # Checkpoints of another run (another start, other data, rewards or hyperparameters) are not continued; what a
+    # reward is made of counts by its content.
+    sources = [source and digest_of(source) for source in (data.embeddings, data.collaborative)]
     identity = [described, start.weights_hash, start.held.content_hash, *sources]
     with ExitStack() as stack:
         fit = preferring if training.method in PREFERENCES else proposing
@@ -228,7 +228,7 @@ def preferring(
     from llmrec.trie_tensors import TrieTensors
 
     catalog, softmax = start.held.catalog, start.settings.softmax
-    count = 1 if training.method == "dpo" else data.negatives
+    count = int(data.negatives or 0)
     check_group_size(count + 1, data.temperature, cases, TrieTensors.of(catalog, softmax), True)
     model = policy(data, training, start)
     if data.negative_source == "uniform":

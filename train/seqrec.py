@@ -20,10 +20,8 @@ Beside the artefact it writes metrics.json (every epoch's validation and the fin
 checkpoint; `--fresh` begins anew.
 """
 
-import hashlib
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -36,7 +34,6 @@ from llmrec.script import parser, run
 from llmrec.sequence.arguments import EncoderArguments, EventArguments, ItemArguments, SequenceArguments
 
 if TYPE_CHECKING:
-    import numpy as np
     from trl import TrlParser
 
     from llmrec.backbones.causal_body import CausalBodyModel
@@ -54,11 +51,7 @@ _DATA = (
     *("max_history", "windows", "stride", "stochastic_length", "thinned", "hidden_share", "tokens_per_batch"),
     *("train_share", "train_share_seed"),
 )
-_TRAINING = (
-    *("seed", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "adam_beta2"),
-    *("metric_for_best_model", "load_best_model_at_end", "bf16", "fp16", "early_stopping", "world_size"),
-)
+_TRAINING = ("seed", "metric_for_best_model", "load_best_model_at_end", "early_stopping")
 _PLACES = ("item_embeddings", "semantic_ids", "body")
 
 
@@ -95,9 +88,10 @@ def main(
     from llmrec.evaluation.evaluation import check_name
     from llmrec.sequence.histories import LoggedHistories
     from llmrec.sequence.model import SequenceModel, sequence_config
-    from llmrec.sequence.trainer import SequenceTrainer
+    from llmrec.sequence.trainer import SequenceTrainer, check_metric
     from llmrec.sequence.windows import TrainingWindows
-    from llmrec.training.arguments import UNNAMED
+    from llmrec.storage import digest_of_arrays
+    from llmrec.training.arguments import OPTIMISATION, UNNAMED
     from llmrec.training.checkpoints import checkpoint_to_resume
     from llmrec.training.shutdown import ShutdownCallback
 
@@ -170,7 +164,7 @@ def main(
         "events": asdict(event),
         "loss": asdict(losses),
         "reasoning": asdict(reasoning),
-        "trainer": {name: getattr(training, name) for name in _TRAINING},
+        "trainer": {name: getattr(training, name) for name in (*_TRAINING, *OPTIMISATION)},
     }
     logger.info(
         "%s: %.2f M parameters, %.2f M of them in the encoder; %d windows of %d items, %d validation cases",
@@ -189,7 +183,7 @@ def main(
         callbacks=[*stopping(training), shutdown],
     )
     # What no flag and no hash of the split says: times, actions and domains, texts' vectors and codes.
-    read = digest([*histories.columns.values(), features.vectors, features.codes])
+    read = digest_of_arrays([*histories.columns.values(), features.vectors, features.codes])
     described = [record, learnt.content_hash, config.to_dict(), data.eval_users, read]
     resume = checkpoint_to_resume(training.output_dir, described, data.fresh)
     if resume is not None:
@@ -200,22 +194,6 @@ def main(
     if trainer.is_world_process_zero():
         finish(data, split, items, histories, trainer, system, record)
     trainer.accelerator.wait_for_everyone()
-
-
-def digest(arrays: "Sequence[np.ndarray | None]") -> str:
-    """A hash of what arrays hold, in order."""
-    found = hashlib.sha256()
-    for array in arrays:
-        found.update(b"none" if array is None else f"{array.dtype.str}{array.shape}".encode() + array.tobytes())
-    return found.hexdigest()
-
-
-def check_metric(training: "StageArguments") -> None:
-    """Raises RecipeError if no evaluation measures `metric_for_best_model`."""
-    known = ["eval_loss", *(f"eval_{name}@{k}" for k in (10, 50) for name in ("HR", "NDCG"))]
-    wanted = training.metric_for_best_model
-    if wanted and f"eval_{wanted.removeprefix('eval_')}" not in known:
-        raise RecipeError(f"metric_for_best_model is {wanted!r}. Name one of {', '.join(known)}.")
 
 
 def stopping(training: "StageArguments") -> list[Any]:

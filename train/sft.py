@@ -51,11 +51,9 @@ _DATA = (
     *("eval_rows", "stream", "train_share", "train_share_seed"),
 )
 _TRAINING = (
-    *("seed", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim"),
-    *("train_sampling_strategy", "metric_for_best_model", "load_best_model_at_end", "eval_steps", "save_steps"),
-    *("bf16", "fp16", "gradient_checkpointing", "new_tokens_epochs", "new_tokens_learning_rate", "loss_vocabulary"),
-    *("batching", "early_stopping", "world_size"),
+    *("seed", "train_sampling_strategy", "metric_for_best_model", "load_best_model_at_end", "eval_steps"),
+    *("save_steps", "gradient_checkpointing", "new_tokens_epochs", "new_tokens_learning_rate", "loss_vocabulary"),
+    *("batching", "early_stopping"),
 )
 
 
@@ -85,7 +83,7 @@ def main(
     from llmrec.examples import check_lengths
     from llmrec.tasks.dataset import next_item_cases, training_dataset
     from llmrec.tasks.mixture import Mixture
-    from llmrec.training.arguments import UNNAMED
+    from llmrec.training.arguments import OPTIMISATION, UNNAMED
     from llmrec.training.fit import fit
     from llmrec.training.phases import NEW_TOKENS, load_result, model_of, plan_phases, whole_model
     from llmrec.training.ranking import RankingCallback
@@ -135,7 +133,7 @@ def main(
             | {"train_users": len(np.unique(held.split.owner[seen])), "train_tokens": int(seen.sum())},
             "semantic_ids": described_codes(built),
             "backbone": asdict(backbone) | {"backbone": without_path(backbone.backbone)},
-            "trainer": {name: getattr(training, name) for name in _TRAINING},
+            "trainer": {name: getattr(training, name) for name in (*_TRAINING, *OPTIMISATION)},
         },
     )
     # Checkpoints of another run (other data, prompts, vocabulary, sizes or hyperparameters) are not continued.
@@ -300,17 +298,14 @@ def save(
 
 def test(data: DataArguments, split: "Split", held: "TaskData", settings: "Settings") -> None:
     """Ranks test cases with the artefact as it is served; writes metrics.json and the evaluation beside it."""
-    import numpy as np
 
+    from llmrec.data.subset import drawn_cases
     from llmrec.evaluation.evaluation import evaluate
     from llmrec.prompt import EVENT_COLUMNS
     from llmrec.recommender import Recommender
     from llmrec.storage import write_json
 
-    cases = np.arange(len(split.targets("test")))
-    if 0 < data.test_users < len(cases):
-        # Drawn alike whatever the training's seed, so that trainings are asked the same.
-        cases = np.sort(np.random.default_rng(0).permutation(cases)[: data.test_users])
+    cases = drawn_cases(split, data.test_users)
     places: list[int] = cases.tolist()
     recommender = Recommender.from_pretrained(data.artefact)
     events = held.case_events("test", places) if held.prompt.attributes & set(EVENT_COLUMNS) else None

@@ -73,3 +73,11 @@ def learnt_events(split: Split, longest: int | None = None) -> Mask:
     places = np.arange(len(split.rows))
     seen: Mask = (places >= begins[split.owner]) & split.in_training
     return seen
+
+
+def drawn_cases(split: Split, size: int) -> npt.NDArray[np.int64]:
+    """Test cases, ascending: all of them (-1), none (0), or some drawn alike whatever the training's seed."""
+    cases = np.arange(len(split.targets("test")))
+    if size < 0 or size >= len(cases):
+        return cases
+    return np.sort(np.random.default_rng(0).permutation(cases)[:size])

@@ -90,7 +90,11 @@ class DistillArguments:
     )
     tokens_per_batch: int = field(default=0, metadata={"help": "Into a sequence model: as of seqrec.py."})
     eval_users: int = field(
-        default=500, metadata={"help": "Validation cases ranked at every evaluation, drawn with the seed; 0: none."}
+        default=500,
+        metadata={
+            "help": "Validation cases ranked at every evaluation, drawn with the seed; 0: none, and into a sequence "
+            "model all, as of seqrec.py."
+        },
     )
     eval_rows: int = field(
         default=5000, metadata={"help": "Into a language model: validation cases whose loss is measured."}

@@ -3,6 +3,7 @@
 import copy
 import logging
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,10 @@ from llmrec.exceptions import DataError, RecipeError
 from llmrec.losses.arguments import LossArguments
 from llmrec.recommender import Settings
 from llmrec.sequence.arguments import EncoderArguments, EventArguments, ItemArguments
+from llmrec.storage import digest_of_arrays
 
 if TYPE_CHECKING:
+    from llmrec.representations.item_features import ItemFeatures
     from llmrec.sequence.model import SequenceModel
     from llmrec.training.arguments import FineTuningArguments
 
@@ -54,6 +57,7 @@ class IntoItems:
     def __post_init__(self) -> None:
         """Cuts the windows; raises what cannot be done before any weight is made."""
         from llmrec.sequence.histories import LoggedHistories
+        from llmrec.sequence.trainer import check_metric
         from llmrec.sequence.windows import TrainingWindows
 
         split = self.teacher.learnt
@@ -101,7 +105,7 @@ class IntoItems:
         if not len(self.chosen):
             raise DataError("There is no validation case. Give users of three interactions or more.")
         self._table: ItemDistributions | None = None
-        self._check_metric()
+        check_metric(self.training)
 
     def settings(self, record: dict[str, Any]) -> Settings:
         """How the student is used."""
@@ -119,20 +123,19 @@ class IntoItems:
 
         if self.same:
             return self._fewer_layers(self.teacher.sequence_model)
-        features = self.items.features(self.teacher.learnt)
         model = SequenceModel(
             sequence_config(
                 self.encoder().config(self.told.positions(self.max_history)),
                 self.teacher.split.num_items,
                 self.max_history,
-                self.items.described(features),
+                self.items.described(self.features),
                 self.told,
                 self.items.similarity,
                 self.items.temperature,
             )
         )
         self.events.check(model.causal, getattr(model.encoder.config, "relative_bias", ""))
-        model.representation.set_items(features)
+        model.representation.set_items(self.features)
         return model
 
     def encoder(self) -> EncoderArguments:
@@ -207,14 +210,24 @@ class IntoItems:
         encoder: Any = "the teacher's, fewer layers" if self.same else asdict(self.encoder())
         return {
             "data": {name: getattr(self.data, name) for name in ("windows", "tokens_per_batch", "soft_items")}
-            | {name: getattr(self.data, name) for name in ("soft_cases", "soft_rest")}
+            | {name: getattr(self.data, name) for name in ("soft_cases", "soft_rest", "eval_users")}
             | {"max_history": self.max_history},
             "encoder": encoder,
             "items": asdict(self.items)
             | {name: Path(value).name for name in places if (value := getattr(self.items, name)) is not None},
-            "events": asdict(self.told),
+            "events": asdict(self.told) | {"action_weights": self.events.action_weights},
             "loss": asdict(self.losses),
         }
+
+    @cached_property
+    def features(self) -> "ItemFeatures":
+        """What a student of its own kind knows of the items."""
+        return self.items.features(self.teacher.learnt)
+
+    @property
+    def content_hash(self) -> str:
+        """Of what no flag and no hash of the split says: times, actions and domains, texts' vectors and codes."""
+        return digest_of_arrays([*self.histories.columns.values(), self.features.vectors, self.features.codes])
 
     def _fewer_layers(self, taught: "SequenceModel") -> "SequenceModel":
         from llmrec.sequence.model import SequenceModel
@@ -231,9 +244,3 @@ class IntoItems:
         for name, buffer in model.representation.named_buffers():
             buffer.copy_(own[name])
         return model
-
-    def _check_metric(self) -> None:
-        known = ["eval_loss", *(f"eval_{name}@{k}" for k in (10, 50) for name in ("HR", "NDCG"))]
-        wanted = self.training.metric_for_best_model
-        if wanted and f"eval_{wanted.removeprefix('eval_')}" not in known:
-            raise RecipeError(f"metric_for_best_model is {wanted!r}. Name one of {', '.join(known)}.")

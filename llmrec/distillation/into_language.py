@@ -196,10 +196,15 @@ class IntoLanguage:
         if self.backbone.backbone is not None and Path(self.backbone.backbone).exists():
             backbone["backbone"] = Path(self.backbone.backbone).name
         return {
-            "data": {"tasks": str(self.mixture), "max_history": self.held.max_history},
+            "data": {"tasks": str(self.mixture), "max_history": self.held.max_history}
+            | {name: getattr(self.data, name) for name in ("eval_users", "eval_rows")},
             "backbone": backbone,
-            "rows": self.held.content_hash,
         }
+
+    @property
+    def content_hash(self) -> str:
+        """Of what the rows are made of."""
+        return self.held.content_hash
 
     def _backbone(self) -> BackboneArguments:
         """The flags of a language model, where it is another one than the teacher's with fewer layers."""

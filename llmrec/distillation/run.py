@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from llmrec.distillation.arguments import DistillArguments, StudentArguments
 from llmrec.distillation.measurement import latencies, size_of, this_machine
-from llmrec.distillation.teacher import Teacher, chosen_cases, evaluated
+from llmrec.distillation.teacher import Teacher, evaluated
 from llmrec.exceptions import BackboneError
 from llmrec.recommender import Recommender, Settings
 
@@ -25,10 +25,8 @@ _LESSON = (
     *("multi_signal_weight", "soft_items", "soft_cases", "soft_rest"),
 )
 _TRAINING = (
-    *("seed", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "adam_beta2"),
-    *("train_sampling_strategy", "metric_for_best_model", "load_best_model_at_end", "eval_steps", "save_steps"),
-    *("bf16", "fp16", "loss_vocabulary", "batching", "early_stopping", "world_size"),
+    *("seed", "train_sampling_strategy", "metric_for_best_model", "load_best_model_at_end", "eval_steps"),
+    *("save_steps", "loss_vocabulary", "batching", "early_stopping"),
 )
 
 
@@ -44,6 +42,9 @@ class Kind(Protocol):
     def save(self, model: Any, settings: Settings, folder: str) -> None: ...
 
     def described(self) -> dict[str, Any]: ...
+
+    @property
+    def content_hash(self) -> str: ...
 
 
 def train_student(
@@ -69,6 +70,7 @@ def train_student(
     from transformers import EarlyStoppingCallback
 
     import llmrec
+    from llmrec.training.arguments import OPTIMISATION
     from llmrec.training.checkpoints import checkpoint_to_resume
     from llmrec.training.curve import log_curve, training_page
     from llmrec.training.ranking import is_sharded
@@ -88,9 +90,9 @@ def train_student(
         | {name: getattr(data, name) for name in _LESSON if method != "cross_entropy"}
         | {"student": student.student, "keep_layers": student.keep_layers if student.student == "same" else None},
         "sizes": {name: getattr(student, name) for name in ("num_hidden_layers", "hidden_size")},
-        "trainer": {name: getattr(training, name) for name in _TRAINING},
+        "trainer": {name: getattr(training, name) for name in (*_TRAINING, *OPTIMISATION)},
     }
-    identity = [record, asdict(student), teacher.identity, teacher.learnt.content_hash]
+    identity = [record, asdict(student), kind.content_hash, teacher.identity, teacher.learnt.content_hash]
     resume = checkpoint_to_resume(output_dir, identity, fresh=data.fresh)
     logger.info(
         "%s: %.2f M parameters, the teacher's %.2f M%s",
@@ -134,11 +136,12 @@ def finish(teacher: Teacher, data: DistillArguments) -> dict[str, Any]:
         `student outcome`: from the control to the student), `sizes` and `latency` of each in milliseconds, `machine`,
         `artefacts`, `training`, `cost`, `versions`, `validation`.
     """
+    from llmrec.data.subset import drawn_cases
     from llmrec.evaluation.outcome import outcome, outcome_table
     from llmrec.model_card import FURTHER, card_of
     from llmrec.storage import atomic_path, write_json
 
-    split, cases = teacher.split, chosen_cases(teacher.split, data.test_users)
+    split, cases = teacher.split, drawn_cases(teacher.split, data.test_users)
     recommenders: dict[str, Recommender] = {f"{data.system}-teacher": teacher.recommender}
     device = teacher.recommender.model.device
     recommenders[data.system] = Recommender.from_pretrained(data.artefact, device=device)

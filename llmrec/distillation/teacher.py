@@ -92,14 +92,6 @@ class Teacher:
         return model
 
 
-def chosen_cases(split: "Split", count: int) -> npt.NDArray[np.int64]:
-    """Places of the test cases that are ranked: -1 for all, else so many, drawn alike whatever the training's seed."""
-    cases = np.arange(len(split.targets("test")))
-    if 0 < count < len(cases):
-        cases = np.sort(np.random.default_rng(0).permutation(cases)[:count])
-    return cases
-
-
 def evaluated(
     system: str,
     recommender: Recommender,

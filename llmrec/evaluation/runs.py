@@ -15,8 +15,8 @@ from llmrec.exceptions import DataError
 
 # What may differ between two runs of one system besides the seed: where its files lie.
 _PLACES = ("artefact", "out", "output_dir", "device")
-# Hashes of what seeds decide: a teacher's weights; the rows of a training, which hold semantic IDs of some seed.
-_HASHES = ("weights", "rows")
+# Hashes of what seeds decide, such as of a teacher's weights.
+_HASHES = ("weights",)
 # Seeds of the evaluation, not of the model: another one makes no second model.
 _OTHER_SEEDS = ("bootstrap", "users", "tuning")
 

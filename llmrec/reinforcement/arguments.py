@@ -1,19 +1,15 @@
-"""The flags of a training after SFT: what it begins with and learns from, when it is stopped, and TRL's own."""
+"""The flags of a training after SFT beside TRL's: what it begins with and learns from, and when it is stopped."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmrec.exceptions import DataError, RecipeError
 from llmrec.flags import check_ranges, check_read
 from llmrec.reinforcement.rewards import parse_weights
 from llmrec.reinforcement.trade_off import GuardLimits
-from llmrec.reinforcement.versions import without_trl_notices
-from llmrec.training.arguments import StageArguments
-
-with without_trl_notices():
-    from trl import GRPOConfig
 
 if TYPE_CHECKING:
     from llmrec.backbones.causal_lm import BackboneArguments
@@ -28,30 +24,8 @@ METHODS = {
     "sdpo": "S-DPO",
 }
 PREFERENCES = ("dpo", "sdpo")
-# What TRL reads where it generates by itself, or weighs rewards by a list. Nothing reads it here, so nobody shall
-# think that it did something.
-_UNREAD = {
-    "reward_weights": "Say --rewards exact=1 rank=0.5",
-    "max_completion_length": "An item is as long as the catalog has it",
-    "top_p": "Groups are found by --rollouts",
-    "top_k": "Groups are found by --rollouts",
-    "min_p": "Groups are found by --rollouts",
-    "repetition_penalty": "Groups are found by --rollouts",
-    "generation_kwargs": "Groups are found by --rollouts",
-    "cache_implementation": "Groups are found by --rollouts",
-    "use_transformers_continuous_batching": "Groups are found by --rollouts",
-    "use_transformers_paged": "Groups are found by --rollouts",
-    "chat_template_kwargs": "Prompts are the artefact's",
-    "model_init_kwargs": "Say --dtype and --attn_implementation",
-    "num_generations_eval": "The guard evaluates",
-}
-# What a loss of groups reads, and none of preferences.
-_OF_GROUPS = (
-    *("num_iterations", "epsilon", "epsilon_high", "delta", "loss_type", "importance_sampling_level", "scale_rewards"),
-    *("multi_objective_aggregation", "top_entropy_quantile", "off_policy_mask_threshold", "entropy_coef"),
-)
-# MiniOneRec's weight of the KL; DPO's usual beta, and that of S-DPO's paper.
-_BETA = {"grpo": 0.001, "dr_grpo": 0.001, "gspo": 0.001, "dpo": 0.1, "sdpo": 1.0}
+# Negatives of a preference, where nobody says how many: DPO has no other number.
+NEGATIVES = {"dpo": 1, "sdpo": 3}
 
 
 @dataclass
@@ -90,7 +64,9 @@ class RLArguments:
     backend: Literal["transformers", "vllm"] = field(
         default="transformers", metadata={"help": "What makes rollouts; the same items. vllm: one process."}
     )
-    negatives: int = field(default=3, metadata={"help": "S-DPO: items that the taken one is preferred to; DPO has 1."})
+    negatives: int | None = field(
+        default=None, metadata={"help": "S-DPO: items that the taken one is preferred to (3); DPO has 1."}
+    )
     negative_source: Literal["hard", "uniform"] = field(
         default="hard",
         metadata={"help": "DPO, S-DPO: what --start proposes and was not taken, or any items."},
@@ -167,6 +143,7 @@ class RLArguments:
             raise RecipeError(
                 f"The result would replace what training begins with, {self.start}. Give another --artefact."
             )
+        self._check_read(flags, method)
         if self.group_weights == "policy" and self.rollouts == "sampled" and self.backend == "vllm":
             raise RecipeError(
                 "group_weights is 'policy', and vLLM's engine does not say how likely its draws were. Say --rollouts "
@@ -183,12 +160,9 @@ class RLArguments:
                     f"{METHODS[method]} makes no rollouts while it trains, so vLLM has nothing to do. Leave "
                     "--backend out."
                 )
-            if method == "dpo" and self.negatives not in (1, type(self).negatives):
+            if method == "dpo" and self.negatives not in (1, None):
                 raise RecipeError(f"DPO has one negative, and {self.negatives} are asked for. Say --method sdpo.")
             return
-        defaults = {name: one.default for name, one in type(self).__dataclass_fields__.items()}
-        readers = dict.fromkeys(("negatives", "negative_source"), ("--method", PREFERENCES))
-        check_read(flags, defaults, readers, {"--method": method})
         weights = parse_weights(self.rewards)
         of_groups = [name for name in ("rank", "diversity") if weights.get(name)]
         if of_groups and self.group_weights == "policy" and self.rollouts == "sampled":
@@ -211,8 +185,23 @@ class RLArguments:
                     f"--{flag} {source} is given, and no reward {name!r} reads it. Add {name} to --rewards, or leave "
                     "it out."
                 )
-            if source is not None and source != "item-cf" and not Path(source).is_dir():
+            known = source is None or (name == "collaborative" and source == "item-cf")
+            if not known and not Path(str(source)).is_dir():
                 raise DataError(f"--{flag} {source} is no folder. Give one that was written before.")
+
+    def _check_read(self, flags: Mapping[str, Any], method: Method) -> None:
+        """Raises DataError for a flag that nothing would read; a recipe's rewards may stay with --method sdpo."""
+        defaults = {name: one.default for name, one in type(self).__dataclass_fields__.items()}
+        groups = [one for one in METHODS if one not in PREFERENCES]
+        readers: dict[str, tuple[str, Sequence[str]]] = {
+            **dict.fromkeys(("embeddings", "collaborative", "later_items"), ("--method", groups)),
+            **dict.fromkeys(("negatives", "negative_source"), ("--method", PREFERENCES)),
+            **dict.fromkeys(("lora_rank", "lora_alpha"), ("--adapter", ("lora", "dora", "rslora"))),
+        }
+        if method in PREFERENCES:
+            readers |= dict.fromkeys(("rollouts", "rollout_temperature"), ("--negative_source", ("hard",)))
+        chosen = {"--method": method, "--adapter": self.adapter, "--negative_source": self.negative_source}
+        check_read(flags, defaults, readers, chosen)
 
     @property
     def temperature(self) -> float | None:
@@ -263,92 +252,3 @@ class GuardArguments:
         return GuardLimits(
             self.recall_tolerance, self.max_kl, self.min_entropy_share, self.max_signal_free, self.guard_patience
         )
-
-
-@dataclass
-class RLTrainingArguments(StageArguments, GRPOConfig):
-    """How it is trained: transformers' flags, TRL's for GRPO, and the method, which sets some of these."""
-
-    method: Method = field(
-        default="grpo",
-        metadata={
-            "help": "grpo; dr_grpo: advantages not divided by their deviation; gspo: ratios of whole items; dpo, "
-            "sdpo: preferences between the taken item and one or several others."
-        },
-    )
-    num_generations: int | None = field(default=16, metadata={"help": "G, items of a group."})
-    beta: float | None = field(
-        default=None,
-        metadata={"help": "Weight of the KL from the start (0.001), or DPO's beta (0.1) or S-DPO's (1.0)."},
-    )
-    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate of AdamW."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the cases."})
-    per_device_train_batch_size: int = field(
-        default=64, metadata={"help": "Items of a batch (groups times G); of dpo and sdpo: cases."}
-    )
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of log.jsonl."})
-    save_steps: float = field(default=0.1, metadata={"help": "Steps between two checkpoints, or a share of all."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept, and the best one."})
-
-    def __post_init__(self) -> None:
-        self.beta = _BETA[self.method] if self.beta is None else self.beta
-        if not (math.isfinite(self.beta) and self.beta >= 0):
-            raise RecipeError(f"beta is {self.beta}. Give a finite number of 0 or more.")
-        if self.eval_strategy != "no":
-            raise RecipeError(
-                f"eval_strategy is {self.eval_strategy}, and the guard evaluates. Leave it out; --guard_steps says "
-                "how often."
-            )
-        if self.save_strategy == "best":
-            raise RecipeError(
-                "save_strategy is best, and which checkpoint is the best, and kept, is the guard's business. Leave it "
-                "out; --save_steps says how often others are saved."
-            )
-        if self.use_liger_kernel:
-            raise RecipeError(
-                "use_liger_kernel is true, and was not tried with items' log-probabilities; TRL is about to drop it. "
-                "Leave it out."
-            )
-        self._check_read()
-        if self.load_best_model_at_end or self.restore_callback_states_from_checkpoint or self.early_stopping:
-            raise RecipeError(
-                "load_best_model_at_end, restore_callback_states_from_checkpoint and early_stopping are the guard's "
-                "business. Leave them out."
-            )
-        if self.method in PREFERENCES:
-            # GRPO's groups mean nothing here, and must not be refused.
-            names = ("num_generations", "steps_per_generation", "generation_batch_size")
-            given = {name: getattr(self, name) for name in names}
-            self.__dict__ |= {"num_generations": 2, "steps_per_generation": 2, "generation_batch_size": None}
-            super().__post_init__()
-            self.__dict__ |= given
-            return
-        self._apply_method()
-        super().__post_init__()
-        if self.use_vllm:
-            raise RecipeError("use_vllm is TRL's way to rollouts, which knows no catalog. Say --backend vllm.")
-
-    def _check_read(self) -> None:
-        """Raises RecipeError for a flag of TRL's that nothing would read."""
-        unread = dict(_UNREAD)
-        if self.method in PREFERENCES:
-            unread |= dict.fromkeys(_OF_GROUPS, "It belongs to --method grpo, dr_grpo or gspo")
-        for name, advice in unread.items():
-            if getattr(self, name) != GRPOConfig.__dataclass_fields__[name].default:
-                raise RecipeError(f"--{name} is {getattr(self, name)!r}, and nothing here reads it. {advice}.")
-
-    def _apply_method(self) -> None:
-        """Sets what the method is in TRL's words."""
-        means = {
-            "loss_type": "dr_grpo" if self.method == "dr_grpo" else "grpo",
-            "importance_sampling_level": "sequence" if self.method == "gspo" else "token",
-            "scale_rewards": "none" if self.method == "dr_grpo" else "group",
-        }
-        for name, value in means.items():
-            given, default = getattr(self, name), GRPOConfig.__dataclass_fields__[name].default
-            if given not in (value, default):
-                raise RecipeError(
-                    f"--{name} {given} came with --method {self.method}, which is {value}. Leave it out, or choose "
-                    "another method."
-                )
-            setattr(self, name, value)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from llmrec.data.split import Split
+from llmrec.data.subset import drawn_cases
 from llmrec.evaluation.evaluation import Evaluation, evaluate
 from llmrec.evaluation.outcome import outcome, outcome_table
 from llmrec.reinforcement.report import closing_words, course, rl_page
@@ -79,7 +79,7 @@ def write_result(
         "versions": dict(versions or {}),
     }
     first, second, found = None, None, None
-    cases = test_cases(start.split, test_users)
+    cases = drawn_cases(start.split, test_users)
     if len(cases):
         old = {
             "seeds": start.settings.seeds | {"users": 0},
@@ -159,11 +159,3 @@ def rank_test(
         cases=cases,
         facts={**facts, "settings": {"num_beams": num_beams, "training": start.settings.recipe}},
     )
-
-
-def test_cases(split: Split, size: int) -> npt.NDArray[np.int64]:
-    """Test cases, ascending: all of them (-1), none (0), or some drawn alike whatever the training's seed."""
-    cases = np.arange(len(split.targets("test")))
-    if size < 0 or size >= len(cases):
-        return cases
-    return np.sort(np.random.default_rng(0).permutation(cases)[:size])

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from llmrec.exceptions import DataError, RecipeError
 from llmrec.scaling.grid import PilotGrid, Trial
-from llmrec.storage import write_json
-from llmrec.study.place import digest_of
+from llmrec.storage import digest_of, write_json
 from llmrec.study.plan import StudyPlan, StudyRun
 
 if TYPE_CHECKING:
@@ -299,17 +298,11 @@ class Pilot:
     def check_data(self) -> None:
         """Raises DataError if the interactions are not those that the pilot was planned on."""
         source = str(self.data["interactions"])
-        if (now := source_digest(source)) != self.sha256:
+        if (now := digest_of(source)) != self.sha256:
             raise DataError(
                 f"{source} is another than when the pilot was planned, or is not there: its sha256 is {now[:12]}, and "
                 f"was {self.sha256[:12]}. Put the old one back, or plan a pilot anew in another folder."
             )
-
-
-def source_digest(source: str) -> str:
-    """The sha256 of interactions as they are now: of a file's or a folder's content, else of the name."""
-    # `digest_of` itself remembers what a path was when this process first asked.
-    return digest_of.__wrapped__(source)
 
 
 def variant_of(encoder: str, trial: Trial) -> str:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmrec.exceptions import DataError, LLMRecError, RecipeError
 from llmrec.scaling.grid import GridRequest, PilotGrid, Seconds, fit_grid
-from llmrec.scaling.pilot import Pilot, PilotEncoder, ShareFacts, check_metric, share_facts, source_digest
+from llmrec.scaling.pilot import Pilot, PilotEncoder, ShareFacts, check_metric, share_facts
+from llmrec.storage import digest_of
 
 if TYPE_CHECKING:
     from llmrec.data.split import Split
@@ -79,7 +80,7 @@ def plan_pilot(
     asked = fit_grid(request, dict.fromkeys(request.shares, 1), lambda *_: 1.0, float("inf"))
     pilot = Pilot(
         data=dict(data),
-        sha256=source_digest(str(data["interactions"])),
+        sha256=digest_of(str(data["interactions"])),
         metric=metric,
         share_seed=share_seed,
         budget_minutes=budget_minutes,

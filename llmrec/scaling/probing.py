@@ -212,9 +212,9 @@ def _digest(described: object, arguments: Sequence[str]) -> str:
     import torch
     import transformers
 
-    from llmrec.study.place import digest_of
+    from llmrec.study.place import first_digest
 
-    files = {word: digest_of(word) for word in arguments if Path(word).exists()}
+    files = {word: first_digest(word) for word in arguments if Path(word).exists()}
     versions = [torch.__version__, transformers.__version__, platform.node()]
     text = json.dumps([described, files, versions], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

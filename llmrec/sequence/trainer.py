@@ -13,12 +13,14 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from llmrec.evaluation.metrics import ranking_metrics
 from llmrec.examples import IGNORED
+from llmrec.exceptions import RecipeError
 from llmrec.losses.loss import ItemLoss
 from llmrec.representations.row_adam import RowAdam
 from llmrec.sequence.histories import History
 from llmrec.sequence.model import SequenceModel
 from llmrec.sequence.scores import CaseScores
 from llmrec.sequence.windows import EpochBatches, TrainingWindows
+from llmrec.training.arguments import StageArguments
 from llmrec.training.checkpoints import WholeCheckpoints
 from llmrec.training.patience import KeptPatience
 from llmrec.training.randomness import OwnRandomState
@@ -28,6 +30,14 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
 logger = logging.getLogger(__name__)
+
+
+def check_metric(training: StageArguments) -> None:
+    """Raises RecipeError if no evaluation of a `SequenceTrainer` measures `metric_for_best_model`."""
+    known = ["eval_loss", *(f"eval_{name}@{k}" for k in (10, 50) for name in ("HR", "NDCG"))]
+    wanted = training.metric_for_best_model
+    if wanted and f"eval_{wanted.removeprefix('eval_')}" not in known:
+        raise RecipeError(f"metric_for_best_model is {wanted!r}. Name one of {', '.join(known)}.")
 
 
 class SequenceTrainer(StepMean, OwnRandomState, KeptPatience, WholeCheckpoints, Trainer):

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from llmrec.storage import sha256_of, write_json
+from llmrec.storage import digest_of, write_json
 from llmrec.study.plan import StudyRun
 
 State = Literal["done", "failed", "begun", "new"]
@@ -20,19 +20,9 @@ DATA = ("interactions", "items", "item_embeddings", "semantic_ids", "body")
 
 
 @cache
-def digest_of(path: str) -> str:
-    """The sha256 of a file, or of all files of a folder with their names; of what is neither, of the text itself.
-
-    A file that changes while this process runs keeps its first digest.
-    """
-    found = Path(path)
-    if found.is_file():
-        return sha256_of(found)
-    digest = hashlib.sha256()
-    for file in sorted(found.rglob("*")) if found.is_dir() else ():
-        if file.is_file():
-            digest.update(f"{file.relative_to(found).as_posix()}\0{sha256_of(file)}\n".encode())
-    return digest.hexdigest() if found.is_dir() else hashlib.sha256(path.encode()).hexdigest()
+def first_digest(path: str) -> str:
+    """`digest_of`, but what changes while this process runs keeps its first digest."""
+    return digest_of(path)
 
 
 class RunPlace:
@@ -51,7 +41,7 @@ class RunPlace:
             run: whose place it is.
         """
         self.run = run
-        data = {name: digest_of(str(run.flags[name])) for name in DATA if name in run.flags}
+        data = {name: first_digest(str(run.flags[name])) for name in DATA if name in run.flags}
         plain = {name: value for name, value in run.flags.items() if name not in DATA}
         described = json.dumps({"flags": plain, "data": data}, sort_keys=True, default=str)
         self.identity = hashlib.sha256(described.encode()).hexdigest()

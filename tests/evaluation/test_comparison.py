@@ -239,7 +239,7 @@ def test_models_of_other_training_or_revision_are_no_seeds_of_one(tmp_path: Path
 def test_students_of_teachers_that_differ_by_seeds_are_one_row(tmp_path: Path) -> None:
     def student(place: int, trained: str, **seeds: int) -> None:
         teacher = {"weights": f"hash {place}", "settings": trained, "seed": seeds["teacher"]}
-        settings = {"training": {"rows": f"hash {place}", "distillation": {"alpha": 0.5, "teacher": teacher}}}
+        settings = {"training": {"distillation": {"alpha": 0.5, "teacher": teacher}}}
         save_run(tmp_path / f"{place}", "student", place, seeds=seeds, settings=settings)
 
     student(1, "eight passes", training=0, teacher=0)

@@ -29,6 +29,7 @@ from llmrec.evaluation.evaluation import Evaluation
 from llmrec.exceptions import BackboneError, DataError, LLMRecError, RecipeError
 from llmrec.losses.arguments import LossArguments
 from llmrec.model_card import card_of
+from llmrec.representations.item_features import ItemFeatures
 from llmrec.script import parse
 from llmrec.sequence.arguments import EventArguments, ItemArguments
 from llmrec.sequence.recommender import SequenceRecommender
@@ -265,6 +266,10 @@ def test_a_sequence_model_teaches_a_smaller_one(stage, data, sequence_teacher, t
         (["--loss", "bce"], RecipeError, "--loss is for sequence models"),
         (["--windows", "last"], RecipeError, "--windows is for sequence models"),
         (["--student", "sasrec", "--softmax_range", "vocabulary"], RecipeError, "--softmax_range is for language"),
+        (["--student", "sasrec", "--batching", "packed"], RecipeError, "--batching is for language"),
+        (["--student", "sasrec", "--dtype", "bfloat16"], RecipeError, "--dtype is for language"),
+        (["--student", "llama", "--gate", "true"], RecipeError, "--gate is for sequence models"),
+        (["--new_tokens_epochs", "1"], RecipeError, "--new_tokens_epochs is of a first stage"),
     ],
     ids=lambda value: "" if isinstance(value, type) else "-".join(value)[:40] if isinstance(value, list) else "said",
 )
@@ -296,6 +301,10 @@ def test_students_learn_from_the_users_whom_the_teacher_learnt_from(stage, data,
         places = training_places(found.learnt)
         assert made.windows.target_counts().sum() == len(places) < len(training_places(found.split))
         assert made.table().places.tolist() == places.tolist()
+        before = made.content_hash
+        made.features = ItemFeatures(vectors=np.zeros((found.split.num_items, 2)))
+        assert made.content_hash != before
+    assert made.described()["data"]["eval_users"] == 0  # it chooses the checkpoint, so another makes another student
     assert made.settings({}).split == found.split.content_hash
     assert found.share == {"train_share": 0.5, "train_share_seed": 1}
 
@@ -309,6 +318,9 @@ def test_another_log_and_another_kind_of_teacher_are_refused(stage, data, teache
         call(stage, *flags)
     with pytest.raises(LLMRecError, match="which knows no tokens"):
         call(stage, *flags_of(data, sequence_teacher, tmp_path / "artefact"))
+    soft = ["--student", "sasrec", "--soft_items", "5"]
+    with pytest.raises(RecipeError, match="--soft_items is for teachers that are language models"):
+        call(stage, *flags_of(data, sequence_teacher, tmp_path / "artefact", *soft))
 
 
 def test_a_run_that_is_stopped_goes_on(data, teacher, tmp_path):
