@@ -80,7 +80,7 @@ def flags() -> set[str]:
     sources = [ROOT / name for name in stage_files() if name.endswith(".py")]
     found |= {"--quick", "--json"}  # of every script in benchmarks/
     owners = [ROOT / f"llmrec/{name}.py" for name in ("backbones/causal_lm", "data/arguments")]
-    owners += sorted((ROOT / "llmrec").glob("*/arguments.py"))
+    owners += sorted((ROOT / "llmrec").glob("*/*arguments.py"))
     for source in [*sources, *owners]:
         for name in re.findall(r"^    (\w+): [^=\n]+ = field\(", source.read_text(encoding="utf-8"), re.MULTILINE):
             found |= {f"--{name}", f"--{name.replace('_', '-')}"}

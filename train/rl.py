@@ -86,13 +86,12 @@ def main(
     from llmrec.reinforcement.arguments import METHODS, NEGATIVES, PREFERENCES
     from llmrec.reinforcement.cases import RolloutCases
     from llmrec.reinforcement.guard import RLGuard
-    from llmrec.reinforcement.report import read_log
     from llmrec.reinforcement.result import write_result
     from llmrec.reinforcement.slice import DEPTH, CaseLists, SliceRanking, temporal_slice
     from llmrec.reinforcement.start import Start, check_place
     from llmrec.storage import digest_of
     from llmrec.training.arguments import OPTIMISATION, UNNAMED
-    from llmrec.training.curve import LOG_FILE
+    from llmrec.training.curve import LOG_FILE, read_log
 
     # Whatever can be wrong is found out before a weight is loaded.
     transformers.set_seed(training.seed)

@@ -45,13 +45,7 @@ Pass = Callable[[Any, Tensor, Sight, Tensor | None, Tensor | None], tuple[Tensor
 
 
 class Branches(ABC):
-    """One branch for each of (B, P) places; never changed, only followed by longer ones.
-
-    Attributes:
-        reads_blocks: whether thoughts that come at once see one another; if not, there has to be one at a time.
-    """
-
-    reads_blocks: bool = True
+    """One branch for each of (B, P) places; never changed, only followed by longer ones."""
 
     @abstractmethod
     def think(self, thoughts: Tensor, mask: Tensor) -> tuple[Tensor, Self]:
@@ -162,7 +156,6 @@ class RecurrentBranches(Branches):
 
     reads: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     states: Tensor
-    reads_blocks = False
 
     def think(self, thoughts: Tensor, mask: Tensor) -> tuple[Tensor, Self]:
         """See `Branches.think`; M is 1."""

@@ -78,14 +78,6 @@ class LayerStack:
             for config, values in configs:
                 _restore(config, values)
 
-    def keep(self, kept: Sequence[int]) -> None:
-        """`only`, for good: the model's configuration then says so too, and it is saved and loaded as it is.
-
-        Raises:
-            BackboneError: as `only`.
-        """
-        self._keep(kept)
-
     def _keep(self, kept: Sequence[int]) -> None:
         layers = self.layers
         chosen = list(kept)

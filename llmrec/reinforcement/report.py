@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from llmrec.evaluation.outcome import outcome_rows
 from llmrec.reinforcement.guard import ENTROPY, GRADIENT, KL, SIGNAL_FREE
 from llmrec.reinforcement.trade_off import DECIDES
-from llmrec.training.curve import read_log
 
 if TYPE_CHECKING:
     from llmrec.page import Level, Page
@@ -19,8 +18,6 @@ Series = dict[str, list[tuple[int, float]]]
 # Told apart in the light, in the dark, and by those who see fewer colours.
 _COLOURS = ("#0a63c9", "#c2570c", "#6f42c1", "#1a7f37", "#9a6700", "#bf3989", "#0b7285", "#5c5f66")
 _KEPT = ("loss", "reward", "reward_std", SIGNAL_FREE, ENTROPY, KL, GRADIENT)
-
-__all__ = ["closing_words", "course", "read_log", "rl_page"]
 
 
 def course(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:

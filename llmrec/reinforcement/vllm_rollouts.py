@@ -159,8 +159,8 @@ class VLLMRollouts:
             except (RuntimeError, ValueError) as error:
                 self.close()
                 raise EngineError(
-                    f"vLLM's engine did not start: {' '.join(str(error).split())[:500]} Give it memory "
-                    "(kv_cache_gib, gpu_memory_utilization), or make rollouts with transformers."
+                    f"vLLM's engine did not start: {' '.join(str(error).split())[:500]} Give it "
+                    "memory, or make rollouts with transformers (--backend transformers)."
                 ) from error
 
     def generate(self, chosen: Sequence[int], step: int = 0) -> Groups:

@@ -251,8 +251,8 @@ def _course(cell: Cell, metric: str) -> list[tuple[float, float]]:
 
 
 def _validated(metric: str) -> str:
-    """The metric of the validation that stands for this one: trainings measure HR and NDCG at 10 and 50."""
-    name, _, k = metric.partition("@")
+    """The metric of the validation that stands for this one: trainings measure HR and NDCG at 10 and 50, over all."""
+    name, _, k = metric.rpartition(" ")[2].partition("@")
     return f"{name if name in ('HR', 'NDCG') else 'NDCG'}@{50 if int(k) >= 50 else 10}"
 
 

@@ -93,8 +93,10 @@ class StudyRunner:
             0 if all runs that were begun are done, 1 if one failed, 128 + the signal's number if one stopped it.
 
         Raises:
-            StageError: if another process is running this study.
+            StageError: if another process is running this study, or runs of it were trained by another number of
+                processes, which is another batch.
         """
+        self._check_processes()
         self.folder.mkdir(parents=True, exist_ok=True)
         begun = time.monotonic()
         failed = written = False
@@ -132,6 +134,15 @@ class StudyRunner:
             logger.warning("stopped by %s; the same command continues the study", self.signal.name)
             return 128 + self.signal
         return 1 if failed else 0
+
+    def _check_processes(self) -> None:
+        for place in self.places:
+            found = (place.metrics() or {}).get("training", {}).get("trainer", {}).get("world_size", self.processes)
+            if found != self.processes:
+                raise StageError(
+                    f"{place.folder} was trained by {found} process(es), and --processes is {self.processes}, which "
+                    f"makes other batches. Say --processes {found}, or name another folder."
+                )
 
     def _train(self, place: RunPlace) -> bool:
         """One training; whether it did not fail."""

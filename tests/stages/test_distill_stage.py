@@ -302,7 +302,7 @@ def test_students_learn_from_the_users_whom_the_teacher_learnt_from(stage, data,
         assert made.windows.target_counts().sum() == len(places) < len(training_places(found.split))
         assert made.table().places.tolist() == places.tolist()
         before = made.content_hash
-        made.features = ItemFeatures(vectors=np.zeros((found.split.num_items, 2)))
+        made.features = ItemFeatures(found.split.item_ids, vectors=np.zeros((found.split.num_items, 2)))
         assert made.content_hash != before
     assert made.described()["data"]["eval_users"] == 0  # it chooses the checkpoint, so another makes another student
     assert made.settings({}).split == found.split.content_hash

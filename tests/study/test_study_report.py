@@ -138,3 +138,11 @@ def test_runs_of_several_splits_are_said_to_be(study):
     document["splits"] = ["a" * 64, "b" * 64]
     assert "The runs are of 2 splits" in report.markdown(document)
     assert "Warning" in report.page(document).render()
+
+
+@pytest.mark.parametrize(
+    ("metric", "stands"),
+    [("HR@5", "HR@10"), ("later_day HR@10", "HR@10"), ("tail NDCG@100", "NDCG@50"), ("head MRR@20", "NDCG@10")],
+)
+def test_the_course_is_of_the_measure_that_validation_knows(metric, stands):
+    assert report._validated(metric) == stands

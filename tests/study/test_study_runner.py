@@ -178,6 +178,19 @@ pathlib.Path(sys.argv[1], rank).write_text(" ".join(told))
 """
 
 
+def test_runs_of_another_number_of_processes_are_no_part_of_it(tmp_path, script):
+    runner = StudyRunner(tmp_path / "study", runs())
+    assert runner.run() == 0
+    path = runner.places[1].folder / "metrics.json"
+    found = json.loads(path.read_text())
+    found.setdefault("training", {}).setdefault("trainer", {})["world_size"] = 2
+    path.write_text(json.dumps(found))
+    with pytest.raises(StageError, match=r"was trained by 2 process\(es\), and --processes is 1"):
+        runner.run()
+    assert StudyRunner(tmp_path / "study", runs(), processes=2).run() == 0
+    assert [starts(place) for place in runner.places] == [1, 1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_accelerate_starts_as_many_processes_as_are_asked_for(tmp_path, monkeypatch, processes):
