@@ -87,9 +87,10 @@ def main(
     from llmrec.reinforcement.cases import RolloutCases
     from llmrec.reinforcement.guard import RLGuard
     from llmrec.reinforcement.result import write_result
-    from llmrec.reinforcement.slice import DEPTH, CaseLists, SliceRanking, temporal_slice
+    from llmrec.reinforcement.slice import DEPTH, SliceRanking, temporal_slice
     from llmrec.reinforcement.start import Start, check_place
     from llmrec.storage import digest_of
+    from llmrec.tasks.case_lists import CaseLists
     from llmrec.training.arguments import OPTIMISATION, UNNAMED
     from llmrec.training.curve import LOG_FILE, read_log
 

@@ -20,7 +20,6 @@ Flags override the recipe. An interrupted run continues from its newest whole ch
 
 import copy
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,6 +80,7 @@ def main(
     from llmrec.data.subset import learnt_events
     from llmrec.evaluation.evaluation import check_name
     from llmrec.examples import check_lengths
+    from llmrec.tasks.case_lists import VALIDATION_BEAMS, CaseLists
     from llmrec.tasks.dataset import next_item_cases, training_dataset
     from llmrec.tasks.mixture import Mixture
     from llmrec.training.arguments import OPTIMISATION, UNNAMED
@@ -142,7 +142,8 @@ def main(
     ranked = np.sort(drawn[: data.eval_users]).tolist()
     ranking = None
     if len(ranked):
-        ranking = RankingCallback(recommend_of(held, settings, ranked), held.split.targets("valid")[ranked])
+        lists = CaseLists(held, settings, "valid", ranked, VALIDATION_BEAMS)
+        ranking = RankingCallback(lists, held.split.targets("valid")[ranked])
     result, new_rows = None, []
     for phase in phases:
         done = None if data.fresh else phase.done_rows(str(described))
@@ -219,30 +220,6 @@ def first_model(
     return from_checkpoint(backbone, held.tokenizer, new_ids, seed, start, compute_dtype)
 
 
-def recommend_of(held: "TaskData", settings: "Settings", ranked: list[int]) -> Any:
-    """What ranks the catalog for validation cases `ranked` with a model, as it will be served; 20 beams."""
-    from llmrec.prompt import EVENT_COLUMNS
-    from llmrec.recommender import Recommender
-
-    histories = [held.split.histories("valid")[case].tolist() for case in ranked]
-    events = held.case_events("valid", ranked) if held.prompt.attributes & set(EVENT_COLUMNS) else None
-    said = list(held.case_variables("valid", ranked))
-    variables = {name: [case[name] for case in said] for name in held.prompt.variables - {"history"}}
-
-    def recommend(model: Any) -> Any:
-        recommender = Recommender(model, held.tokenizer, held.catalog, held.prompt, settings)
-
-        def lists(users: Sequence[int], k: int) -> list[list[int]]:
-            given: dict[str, Any] = {name: [values[user] for user in users] for name, values in variables.items()}
-            shown = None if events is None else [events[user] for user in users]
-            asked = [histories[user] for user in users]
-            return recommender.recommend_rows(asked, k, num_beams=20, events=shown, **given)[0]
-
-        return lists
-
-    return recommend
-
-
 def record_of(trainer: Any) -> dict[str, Any]:
     """What an artefact keeps of its training's course and cost."""
     import torch
@@ -301,22 +278,13 @@ def test(data: DataArguments, split: "Split", held: "TaskData", settings: "Setti
 
     from llmrec.data.subset import drawn_cases
     from llmrec.evaluation.evaluation import evaluate
-    from llmrec.prompt import EVENT_COLUMNS
     from llmrec.recommender import Recommender
     from llmrec.storage import write_json
+    from llmrec.tasks.case_lists import CaseLists
 
     cases = drawn_cases(split, data.test_users)
-    places: list[int] = cases.tolist()
     recommender = Recommender.from_pretrained(data.artefact)
-    events = held.case_events("test", places) if held.prompt.attributes & set(EVENT_COLUMNS) else None
-    said = list(held.case_variables("test", places))
-    given: dict[str, Any] = {name: [case[name] for case in said] for name in held.prompt.variables - {"history"}}
-
-    def recommend(histories: Any, k: int) -> list[list[int]]:
-        rows = [history.tolist() for history in histories]
-        num_beams = max(k, data.num_beams)
-        return recommender.recommend_rows(rows, k, num_beams=num_beams, progress=True, events=events, **given)[0]
-
+    lists = CaseLists(held, settings, "test", cases.tolist(), data.num_beams)
     trained = {
         name: value for name, value in settings.training.items() if name not in ("evaluations", "cost", "versions")
     }
@@ -324,7 +292,7 @@ def test(data: DataArguments, split: "Split", held: "TaskData", settings: "Setti
         data.system,
         split,
         "test",
-        recommend=recommend,
+        recommend=lambda histories, k: lists.of(recommender, range(len(histories)), k, progress=True),
         ks=(5, 10, 20),
         cases=cases,
         facts={

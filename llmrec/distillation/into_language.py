@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LARGEST = 2**31  # positions of a model without a limit
-_EVALUATED_BEAMS = 20
 
 
 @dataclass
@@ -160,12 +159,14 @@ class IntoLanguage:
 
     def trainer(self, method: str, model: Any, arguments: "FineTuningArguments", callbacks: list[Any]) -> Any:
         """The trainer of one student."""
+        from llmrec.tasks.case_lists import VALIDATION_BEAMS, CaseLists
         from llmrec.training.ranking import RankingCallback
 
         arguments.dataloader_pin_memory = arguments.device.type == "cuda"
         ranking = []
         if len(self.ranked):
-            ranking = [RankingCallback(self._recommend, self.held.split.targets("valid")[self.ranked])]
+            lists = CaseLists(self.held, self.settings({}), "valid", self.ranked.tolist(), VALIDATION_BEAMS)
+            ranking = [RankingCallback(lists, self.held.split.targets("valid")[self.ranked])]
         ids = np.unique(self.held.catalog.tokens_of_rows(range(len(self.held.catalog)))).tolist()
         return DistillationTrainer(
             model,
@@ -280,21 +281,3 @@ class IntoLanguage:
         made.set_attn_implementation(attention)
         logger.info("the student begins with layers %s of the teacher's %d", ", ".join(map(str, kept)), depth)
         return made
-
-    def _recommend(self, model: Any) -> Any:
-        """What ranks the catalog for validation cases with a model, as it will be served."""
-        from llmrec.prompt import EVENT_COLUMNS
-
-        held, settings = self.held, self.settings({})
-        every = held.split.histories("valid")
-        histories = [every[case].tolist() for case in self.ranked.tolist()]
-        shown = bool(held.prompt.attributes & set(EVENT_COLUMNS))
-        events = held.case_events("valid", self.ranked.tolist()) if shown else None
-        recommender = Recommender(model, held.tokenizer, held.catalog, held.prompt, settings)
-
-        def lists(users: Any, k: int) -> list[list[int]]:
-            told = None if events is None else [events[user] for user in users]
-            asked = [histories[user] for user in users]
-            return recommender.recommend_rows(asked, k, num_beams=_EVALUATED_BEAMS, events=told)[0]
-
-        return lists

@@ -14,9 +14,9 @@ from llmrec.data.subset import drawn_cases
 from llmrec.evaluation.evaluation import Evaluation, evaluate
 from llmrec.evaluation.outcome import outcome, outcome_table
 from llmrec.reinforcement.report import closing_words, course, rl_page
-from llmrec.reinforcement.slice import CaseLists
 from llmrec.reinforcement.start import Start
 from llmrec.storage import write_json
+from llmrec.tasks.case_lists import CaseLists
 
 if TYPE_CHECKING:
     from llmrec.recommender import Recommender
