@@ -25,7 +25,7 @@ def outcome(
     before: Evaluation,
     after: Evaluation,
     ks: Sequence[int] | None = None,
-    resamples: int = 1000,
+    resamples: int = 10_000,
     seed: int = 0,
 ) -> dict[str, Any]:
     """What changed from `before` to `after`, JSON-ready.
@@ -39,7 +39,7 @@ def outcome(
         after: of its result.
         ks: cut-offs; default: 1, 5, 10, 20 and 50, so far as the lists go. NDCG@10 is always among the metrics if the
             lists are that long.
-        resamples: of the bootstrap and of the test.
+        resamples: of the bootstrap and of the test; with a thousand a corrected p near the level hangs on the draw.
         seed: of both.
 
     Returns:
@@ -58,7 +58,7 @@ def outcome(
 def outcome_over_seeds(
     pairs: Sequence[tuple[Evaluation, Evaluation]],
     ks: Sequence[int] | None = None,
-    resamples: int = 1000,
+    resamples: int = 10_000,
     seed: int = 0,
 ) -> dict[str, Any]:
     """`outcome` of a training that was run with several seeds: a case's value is its mean over them.
