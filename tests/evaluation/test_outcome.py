@@ -139,7 +139,7 @@ def test_seeds_are_averaged_case_by_case(better):
     assert got["sd_over_seeds"] == pytest.approx(np.std(single, ddof=1))
     # The pairing is of the means over seeds, not of 400 cases: as many users as there are.
     values = np.array([[[gain("NDCG@10", p)] for p in places] for places in (before, after, worse)])
-    gaps = paired_difference((values[1] + values[2]) / 2, values[0], np.arange(200))
+    gaps = paired_difference((values[1] + values[2]) / 2, values[0], np.arange(200), found["resamples"])
     assert got["difference interval95"] == pytest.approx([gaps.low[0], gaps.high[0]])
     assert found["users"] == 200
     assert "mean of 2 seeds" in found["sentence"]
