@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from llmrec.distillation.soft_targets import Direction, Teaching
 from llmrec.exceptions import DataError
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class ItemDistributions:
 
     Attributes:
         places: (C,) the interactions, ascending places of `Split.rows`.
-        rows: (C, W) int64 item rows, the most probable first; -1 behind the end of a shorter list.
+        rows: (C, W) int64 rows of items that may be recommended, each once, the most probable first; -1 behind the
+            end of a shorter list.
         scores: (C, W) float32 log-probabilities; -inf there.
         live: (N,) which items may be recommended.
         rest: how what is left is spread.
@@ -64,8 +66,8 @@ class ItemDistributions:
         return TableTeaching(self, chosen, asked.device), torch.from_numpy(there).to(asked.device)
 
 
-class TableTeaching:
-    """The distributions of some places as a `Teaching`."""
+class TableTeaching(Teaching):
+    """The distributions of some places as a `Teaching`: W named items each, and one share for every other item."""
 
     def __init__(self, table: ItemDistributions, chosen: Numbers, device: torch.device) -> None:
         self._rest = table.rest
@@ -75,22 +77,53 @@ class TableTeaching:
 
     def log_probabilities(self, begin: int, end: int, temperature: float, dtype: torch.dtype) -> Tensor:
         """See `Teaching.log_probabilities`; over all N items."""
+        rows, scores, share, _ = self._said(begin, end, temperature)
+        # What stands behind the end of a shorter list goes to a column behind the items.
+        found = torch.empty((len(rows), len(self._live) + 1), dtype=dtype, device=rows.device)
+        found[:] = share.to(dtype)
+        found[:, :-1].masked_fill_(~self._live, -torch.inf)
+        found.scatter_(1, rows.where(rows >= 0, len(self._live)), scores.to(dtype))
+        return found[:, :-1]
+
+    def divergence(
+        self, own: Tensor, begin: int, end: int, temperature: float, direction: Direction
+    ) -> tuple[Tensor, Tensor]:
+        """See `Teaching.divergence`.
+
+        Of the teacher only W + 1 numbers a place differ, and the forward direction is made of these:
+
+            KL(p ‖ q) = Σ_named p (log p - log q) + s (others · log s - Σ_others log q)
+            q - p = q - s - (p - s) named, where s is the share of each other item
+        """
+        if direction == "reverse":
+            return super().divergence(own, begin, end, temperature, direction)
+        rows, scores, share, others = self._said(begin, end, temperature)
+        named = rows >= 0
+        at = rows.where(named, 0)
+        theirs = own.gather(1, at).double().masked_fill_(~named, 0.0)
+        p, s = scores.exp(), share.exp()
+        live = self._live.to(own.dtype)
+        # p log p is 0 where p is.
+        each = (p * (scores.masked_fill(p == 0, 0.0) - theirs)).sum(dim=1, keepdim=True)
+        unnamed = (own @ live)[:, None].double() - theirs.sum(dim=1, keepdim=True)
+        each += s * (others * share.masked_fill(s == 0, 0.0) - unnamed)
+        slope = own.exp_().addcmul_(-s.to(own.dtype), live[None])
+        slope.scatter_add_(1, at, (s - p).masked_fill_(~named, 0.0).to(own.dtype))
+        return each[:, 0].to(own.dtype), slope
+
+    def _said(self, begin: int, end: int, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows (c, W), their log p (c, W), the log p (c, 1) of every other item, and how many (c, 1) these are."""
         rows, scores = self._rows[begin:end], self._scores[begin:end].double() / temperature
         named = rows >= 0
         scores = scores.masked_fill(~named, -torch.inf)
-        share = torch.full((len(rows), 1), -torch.inf, dtype=torch.float64, device=rows.device)  # of each other item
-        others = (self._live.sum() - named.sum(dim=1, keepdim=True)).double()
+        share = torch.full((len(rows), 1), -torch.inf, dtype=torch.float64, device=rows.device)
+        others = (self._live.sum() - named.sum(dim=1, keepdim=True)).double().clamp_(min=0.0)
         if self._rest == "uniform":
             left = (1 - (scores * temperature).exp().sum(dim=1, keepdim=True)).clamp(min=0.0)
-            share = (left / others.clamp(min=1)).log() / temperature
+            share = (left / others).log().masked_fill(others == 0, -torch.inf) / temperature
         # W + 1 numbers say what all N sum up to.
-        total = torch.cat([scores, share + others.clamp(min=0).log()], dim=1).logsumexp(dim=1, keepdim=True)
-        # What stands behind the end of a shorter list goes to a column behind the items.
-        found = torch.empty((len(rows), len(self._live) + 1), dtype=dtype, device=rows.device)
-        found[:] = (share - total).to(dtype)
-        found[:, :-1].masked_fill_(~self._live, -torch.inf)
-        found.scatter_(1, rows.where(named, len(self._live)), (scores - total).to(dtype))
-        return found[:, :-1]
+        total = torch.cat([scores, share + others.log()], dim=1).logsumexp(dim=1, keepdim=True)
+        return rows, scores - total, share - total, others
 
 
 def training_places(split: "Split", most: int = 0, seed: int = 0) -> Numbers:

@@ -27,8 +27,17 @@ class Teaching(Protocol):
         """(end - begin, n) log p at places begin … end - 1, at a temperature; -inf for what it holds impossible."""
         ...
 
+    def divergence(
+        self, own: Tensor, begin: int, end: int, temperature: float, direction: Direction
+    ) -> tuple[Tensor, Tensor]:
+        """The divergence (c,) of a student's log q (c, n) from these c places, and its slope (c, n), as `divergence`.
 
-class LinearTeaching:
+        `own` may be written over.
+        """
+        return divergence(own, self.log_probabilities(begin, end, temperature, own.dtype), direction)
+
+
+class LinearTeaching(Teaching):
     """Teaching by states and a head: softmax(shape(states · weightᵀ + bias) / T).
 
     Attributes:
@@ -44,7 +53,7 @@ class LinearTeaching:
     def log_probabilities(self, begin: int, end: int, temperature: float, dtype: torch.dtype) -> Tensor:
         """See `Teaching.log_probabilities`."""
         logits = _logits(self.states[begin:end], self.weight, self.bias, self.shape, dtype)
-        return (logits / temperature).log_softmax(dim=-1)
+        return _softened(logits, temperature)
 
 
 def soft_target_loss(
@@ -118,9 +127,8 @@ class _SoftTargets(torch.autograd.Function):
             end = min(begin + step, len(states))
             some = states[begin:end]
             logits = _logits(some, weight, bias, shape, exact)
-            own = (logits / temperature).log_softmax(dim=-1)
-            other = teaching.log_probabilities(begin, end, temperature, exact)
-            each, slope = _divergence(own, other, direction)
+            own = _softened(logits, temperature)
+            each, slope = teaching.divergence(own, begin, end, temperature, direction)
             counts = weights[begin:end].to(exact)
             total += temperature**2 * (each * counts).sum()
             if not any(needed):
@@ -159,8 +167,18 @@ def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape, d
     return shape.apply(products)
 
 
-def _divergence(own: Tensor, other: Tensor, direction: Direction) -> tuple[Tensor, Tensor]:
+def _softened(logits: Tensor, temperature: float) -> Tensor:
+    """(c, n) log-probabilities at a temperature, in new memory."""
+    return (logits if temperature == 1.0 else logits / temperature).log_softmax(dim=-1)
+
+
+def divergence(own: Tensor, other: Tensor, direction: Direction) -> tuple[Tensor, Tensor]:
     """(c,) the divergence of each place, and its slope (c, n) with respect to the student's logits over T.
+
+    Args:
+        own: (c, n) log q, the student's.
+        other: (c, n) log p, the teacher's.
+        direction: see `soft_target_loss`.
 
     What has no probability adds nothing to a sum; of the reverse direction it adds infinity where the student holds it
     possible, which a divergence from a truncated teacher would: that is for the caller to refuse.

@@ -5,9 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_teachers import split_of
 
 from llmrec.distillation.item_distributions import ItemDistributions, training_places
+from llmrec.distillation.soft_targets import divergence
 from llmrec.exceptions import DataError
 
 
@@ -80,3 +83,43 @@ def test_short_lists_and_retired_items_at_any_temperature_are_the_definition(res
         assert got.dtype == dtype
         expected = p ** (1 / temperature) / (p ** (1 / temperature)).sum(axis=1, keepdims=True)
         np.testing.assert_allclose(got.exp().numpy(), expected, atol=tolerance)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10**6),
+    rest=st.sampled_from(["uniform", "none"]),
+    temperature=st.sampled_from([0.5, 1.0, 3.0]),
+    direction=st.sampled_from(["forward", "reverse"]),
+)
+def test_the_divergence_from_a_table_is_that_from_its_distribution_over_all_items(seed, rest, temperature, direction):
+    rng = np.random.default_rng(seed)
+    count, width, most = int(rng.integers(1, 6)), int(rng.integers(1, 6)), int(rng.integers(6, 12))
+    live = rng.random(most) < 0.7
+    live[rng.permutation(most)[:2]] = True
+    names = np.flatnonzero(live)
+    rows, scores = np.full((count, width), -1), np.full((count, width), -np.inf, np.float32)
+    for place in range(count):
+        length = int(rng.integers(1, min(width, len(names)) + 1))  # sometimes all that may be recommended
+        rows[place, :length] = rng.permutation(names)[:length]
+        scores[place, :length] = np.log(rng.dirichlet(np.ones(length)) * rng.choice([0.3, 1.0]))
+    teaching, _ = ItemDistributions(np.arange(count), rows, scores, live, rest).at(torch.arange(count))
+    own = torch.from_numpy(rng.normal(size=(count, most)) * 3).log_softmax(dim=-1)
+    begin = int(rng.integers(count))
+    other = teaching.log_probabilities(0, count, temperature, torch.float64)[begin:]
+    expected = divergence(own[begin:], other, direction)
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        got = teaching.divergence(own[begin:].to(dtype, copy=True), begin, count, temperature, direction)
+        for mine, theirs in zip(got, expected, strict=True):
+            assert mine.dtype == dtype
+            np.testing.assert_allclose(mine.numpy(), theirs.numpy(), rtol=tolerance, atol=tolerance)
+
+
+def test_a_student_that_says_what_its_table_says_has_nothing_to_learn():
+    live = np.array([True, True, False, True, True])
+    table = ItemDistributions(np.array([0]), np.array([[3, 0, -1]]), np.log(np.array([[0.6, 0.1, 0.0]]) + 1e-30), live)
+    teaching = table.at(torch.tensor([0]))[0]
+    own = torch.tensor([[0.1, 0.15, 1e-300, 0.6, 0.15]], dtype=torch.float64).log()
+    each, slope = teaching.divergence(own, 0, 1, 1.0, "forward")
+    assert abs(each.item()) < 1e-7
+    assert slope.abs().max() < 1e-7

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrec.distillation.soft_targets import LinearTeaching, soft_target_loss
+from llmrec.distillation.soft_targets import LinearTeaching, Teaching, soft_target_loss
 from llmrec.training.loss import Shape
 
 
@@ -84,7 +84,7 @@ def test_the_teacher_gets_no_gradient_and_nothing_is_kept_where_none_is_wanted()
 
 
 def test_what_the_teacher_holds_impossible_adds_nothing():
-    class Given:
+    class Given(Teaching):
         def log_probabilities(self, begin, end, temperature, dtype):
             return torch.tensor([[0.5, 0.5, 0.0]], dtype=dtype).log()
 
