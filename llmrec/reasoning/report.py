@@ -36,7 +36,7 @@ def reasoning_report(
 
     Figures are of the headline cases, ties in expectation; intervals and tests resample users whole. Differences are
     paired by case. Holm's correction spans all tests of the report: every step against none, by both metrics, and the
-    last step against every earlier one, in every slice.
+    last step against every earlier one, in every slice. The last against none over all cases is both: it counts once.
 
     Args:
         evaluations: after 0, 1, …, K steps, of the same cases.
@@ -76,7 +76,7 @@ def reasoning_report(
     users = first.user_places()[counted]
     masks = {"all": np.ones(len(users), dtype=np.bool_)} | dict(_slices(first, sizes[counted]))
     last = len(evaluations) - 1
-    tests = last * (len(METRICS) + len(masks))
+    tests = last * (len(METRICS) + len(masks)) - 1
     if tests / (resamples + 1) >= LEVEL:
         raise DataError(
             f"With {resamples} resamples and {tests} tests no corrected p-value can fall below {LEVEL}, so nothing "
@@ -175,9 +175,11 @@ def _slice(table: npt.NDArray[np.float64], users: npt.NDArray[np.int64], resampl
 def _correct(found: dict[str, Any]) -> None:
     """Writes Holm's `p_holm` beside every `p_value`."""
     tests = [test for row in found["by_step"][1:] for test in row["against step 0"].values()]
-    tests += [test for part in found["slices"].values() for test in part["against"]]
+    once, twice = found["by_step"][-1]["against step 0"][PRIMARY], found["slices"]["all"]["against"][0]
+    tests += [test for part in found["slices"].values() for test in part["against"] if test is not twice]
     for test, corrected in zip(tests, holm([test["p_value"] for test in tests]), strict=True):
         test["p_holm"] = float(corrected)
+    twice |= {"p_value": once["p_value"], "p_holm": once["p_holm"]}
 
 
 def _over_thinking(part: Mapping[str, Any]) -> dict[str, Any] | None:
