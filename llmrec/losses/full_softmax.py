@@ -10,6 +10,7 @@ from llmrec.losses.loss import ItemLoss, ItemVectors
 
 # Scores that a loss holds at once, 16 MB in float32: small enough for a CPU's cache, large enough for its matmul.
 CHUNK_SCORES = 1 << 22
+_ON_CPU = 1 << 21  # where one buffer serves all chunks
 
 
 class FullSoftmax(ItemLoss):
@@ -25,7 +26,7 @@ def full_softmax_loss(
     targets: Tensor,
     table: Tensor,
     weights: Tensor | None = None,
-    chunk_scores: int = CHUNK_SCORES,
+    chunk_scores: int | None = None,
 ) -> Tensor:
     """The weighted sum over tokens of -log softmax(query · tableᵀ)[target], without ever holding all T × N scores.
 
@@ -39,7 +40,8 @@ def full_softmax_loss(
         targets: (T,) rows of the table.
         table: (N, D).
         weights: (T,); None: 1 each.
-        chunk_scores: how many scores are held at once; at least one token's N.
+        chunk_scores: how many scores are held at once; at least one token's N. None: what is fast, and no more than
+            the table is large or 16 MB.
 
     Returns:
         A scalar in float32 at least.
@@ -47,6 +49,9 @@ def full_softmax_loss(
     Raises:
         BackboneError: if `chunk_scores` is not positive.
     """
+    if chunk_scores is None:
+        # With fewer tokens at once than D, adding up the table's gradient would take longer than to make it.
+        chunk_scores = max(_ON_CPU if table.device.type == "cpu" else CHUNK_SCORES, table.numel())
     if chunk_scores < 1:
         raise BackboneError(f"A loss with {chunk_scores} scores at once has no value. Allow at least one.")
     wide = torch.promote_types(queries.dtype, table.dtype)
@@ -74,20 +79,21 @@ class _FullSoftmax(torch.autograd.Function):
         losses = torch.empty_like(weights)
         for_queries = torch.empty_like(queries) if learning and ctx.needs_input_grad[0] else None
         for_table = torch.zeros_like(table, dtype=exact) if learning and ctx.needs_input_grad[2] else None
+        room = queries.new_empty(min(chunk, len(targets)), len(table))  # pages that are new to a process cost time
         for begin in range(0, len(targets), chunk):
             part = slice(begin, begin + chunk)
-            states, wanted = queries[part], targets[part, None]
-            scores = (states @ table.T).to(exact)  # (chunk, N)
-            norms = scores.logsumexp(dim=1, keepdim=True)
-            losses[part] = (norms - scores.gather(1, wanted))[:, 0]
+            states, wanted, counts = queries[part], targets[part, None], weights[part, None]
+            scores = torch.mm(states, table.T, out=room[: len(states)]).to(exact)  # (chunk, N)
+            own, peaks = scores.gather(1, wanted), scores.amax(dim=1, keepdim=True)
+            powers = scores.sub_(peaks).exp_()
+            sums = powers.sum(dim=1, keepdim=True)
+            losses[part] = (peaks - own + sums.log())[:, 0]
             if for_queries is None and for_table is None:
                 continue
             # The gradient of a token's loss with respect to its scores: weight × (softmax - onehot(target)).
-            slopes = scores.sub_(norms).exp_()
-            slopes.scatter_add_(1, wanted, slopes.new_full(wanted.shape, -1))
-            slopes = slopes.mul_(weights[part, None]).to(table.dtype)
+            slopes = powers.mul_(counts / sums).scatter_add_(1, wanted, -counts).to(table.dtype)
             if for_queries is not None:
-                for_queries[part] = slopes @ table
+                torch.mm(slopes, table, out=for_queries[part])
             if for_table is not None:
                 for_table += slopes.T @ states
         ctx.save_for_backward(

@@ -98,18 +98,18 @@ def test_half_precision_sums_in_single() -> None:
 @pytest.mark.parametrize("learning", [True, False])
 def test_scores_are_never_all_there(monkeypatch: pytest.MonkeyPatch, learning: bool) -> None:
     sizes, slopes = [], []
-    logsumexp, exp_ = torch.Tensor.logsumexp, torch.Tensor.exp_
+    exp_, scatter_add_ = torch.Tensor.exp_, torch.Tensor.scatter_add_
 
-    def spy(scores: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    def spy(scores: torch.Tensor) -> torch.Tensor:
         sizes.append(tuple(scores.shape))
-        return logsumexp(scores, **arguments)
-
-    def spy_slopes(scores: torch.Tensor) -> torch.Tensor:
-        slopes.append(tuple(scores.shape))
         return exp_(scores)
 
-    monkeypatch.setattr(torch.Tensor, "logsumexp", spy)
-    monkeypatch.setattr(torch.Tensor, "exp_", spy_slopes)
+    def spy_slopes(scores: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        slopes.append(tuple(scores.shape))
+        return scatter_add_(scores, *arguments)
+
+    monkeypatch.setattr(torch.Tensor, "exp_", spy)
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", spy_slopes)
     queries, targets, table, _ = random_loss(0, 25, 9, torch.float32)
     with torch.set_grad_enabled(learning):
         loss = full_softmax_loss(queries, targets, table, chunk_scores=95)
@@ -117,6 +117,18 @@ def test_scores_are_never_all_there(monkeypatch: pytest.MonkeyPatch, learning: b
     assert sizes == [(10, 9), (10, 9), (5, 9)]
     # An evaluation makes no gradients that nobody asks for.
     assert slopes == (sizes if learning else [])
+
+
+def test_by_itself_it_holds_as_many_scores_as_the_table_has_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, exp_ = [], torch.Tensor.exp_
+
+    def spy(scores: torch.Tensor) -> torch.Tensor:
+        sizes.append(tuple(scores.shape))
+        return exp_(scores)
+
+    monkeypatch.setattr(torch.Tensor, "exp_", spy)
+    full_softmax_loss(torch.zeros(70, 32), torch.zeros(70, dtype=torch.long), torch.zeros(70_000, 32))
+    assert sizes == [(32, 70_000), (32, 70_000), (6, 70_000)]
 
 
 def test_no_room_for_scores_is_refused() -> None:
@@ -147,3 +159,15 @@ class _Scored:
 
     def vectors(self, rows: torch.Tensor) -> torch.Tensor:
         return self.items(rows)
+
+
+def test_large_scores_neither_overflow_nor_vanish() -> None:
+    queries, targets, table, _ = random_loss(3, 40, 9, torch.float32)
+    large = (queries.detach() * 3e3).requires_grad_()
+    loss = full_softmax_loss(large, targets, table)
+    expected = definition(large.double(), targets, table.double())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for mine, exact in zip(
+        torch.autograd.grad(loss, (large, table)), torch.autograd.grad(expected, (large, table)), strict=True
+    ):
+        torch.testing.assert_close(mine, exact, rtol=1e-3, atol=1e-3)
