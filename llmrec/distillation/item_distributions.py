@@ -103,9 +103,11 @@ class TableTeaching(Teaching):
         theirs = own.gather(1, at).double().masked_fill_(~named, 0.0)
         p, s = scores.exp(), share.exp()
         live = self._live.to(own.dtype)
+        with torch.autocast(own.device.type, enabled=False):  # a sum over all items has no room in half precision
+            every = own @ live
         # p log p is 0 where p is.
         each = (p * (scores.masked_fill(p == 0, 0.0) - theirs)).sum(dim=1, keepdim=True)
-        unnamed = (own @ live)[:, None].double() - theirs.sum(dim=1, keepdim=True)
+        unnamed = every[:, None].double() - theirs.sum(dim=1, keepdim=True)
         each += s * (others * share.masked_fill(s == 0, 0.0) - unnamed)
         slope = own.exp_().addcmul_(-s.to(own.dtype), live[None])
         slope.scatter_add_(1, at, (s - p).masked_fill_(~named, 0.0).to(own.dtype))

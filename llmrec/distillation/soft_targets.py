@@ -6,7 +6,8 @@ With temperature T, of logits z of the student and z' of the teacher over the sa
     forward: KL(p ‖ q) = Σ p (log p - log q),   dKL/dz = (q - p) / T
     reverse: KL(q ‖ p) = Σ q (log q - log p),   dKL/dz = q (log q - log p - KL) / T
 
-Values and gradients are made together from these closed forms, so that both are exactly 0 where z and z' are equal.
+Values and gradients are made together from these closed forms, so that both are exactly 0 where z and z' are equal (of
+a table of probabilities, which has no z', up to rounding).
 What is returned is T² KL (Hinton, Vinyals and Dean 2015, arXiv 1503.02531), whose gradient does not shrink with T.
 """
 
@@ -32,7 +33,7 @@ class Teaching(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """The divergence (c,) of a student's log q (c, n) from these c places, and its slope (c, n), as `divergence`.
 
-        `own` may be written over.
+        `own` may be written over; its type is that of all sums, also under autocast.
         """
         return divergence(own, self.log_probabilities(begin, end, temperature, own.dtype), direction)
 

@@ -71,7 +71,9 @@ class WholeCheckpoints(Trainer):
             resume_from_checkpoint = str(found)
         if self.args.should_save:
             shutil.rmtree(folder / _STAGING, ignore_errors=True)
-        self._seconds, self._begun = 0.0, time.monotonic()
+        # Read here: of a training that had ended the Trainer reads little else.
+        self._seconds = seconds_of(resume_from_checkpoint) if resume_from_checkpoint else 0.0
+        self._begun = time.monotonic()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -147,8 +149,6 @@ class WholeCheckpoints(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        if checkpoint is not None:
-            self._seconds = seconds_of(checkpoint)
         path = None if checkpoint is None else _running(checkpoint, self.args.process_index)
         since = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
         loss = 0.0

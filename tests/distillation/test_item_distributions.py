@@ -123,3 +123,15 @@ def test_a_student_that_says_what_its_table_says_has_nothing_to_learn():
     each, slope = teaching.divergence(own, 0, 1, 1.0, "forward")
     assert abs(each.item()) < 1e-7
     assert slope.abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_autocast_leaves_the_divergence_over_a_large_catalog_as_it_is(half):
+    count = 20_000  # Σ log q is beyond what float16 holds
+    rows, scores = np.arange(5)[None], np.log(np.full((1, 5), 0.1, np.float32))
+    teaching = ItemDistributions(np.array([0]), rows, scores, np.ones(count, bool)).at(torch.tensor([0]))[0]
+    own = torch.randn(1, count, generator=torch.Generator().manual_seed(0)).log_softmax(dim=-1)
+    expected = divergence(own, teaching.log_probabilities(0, 1, 1.0, torch.float32), "forward")
+    with torch.autocast("cpu", half):
+        found = teaching.divergence(own.clone(), 0, 1, 1.0, "forward")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

@@ -32,6 +32,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from llmrec.exceptions import BackboneError
 from llmrec.training import checkpoints
 from llmrec.training.checkpoints import WholeCheckpoints, checkpoint_to_resume, newest_whole_checkpoint, seconds_of
+from llmrec.training.patience import KeptPatience
 from llmrec.training.manifest import MANIFEST, why_not_whole, write_manifest
 
 
@@ -419,6 +420,13 @@ def test_the_seconds_of_a_training_are_those_of_all_its_starts(tmp_path, monkeyp
     assert trainer.fit_seconds == 120.0
     trainer.train()
     assert trainer.fit_seconds == 120.0  # of a training from its beginning, not of two
+
+    class Ending(KeptPatience, WholeTrainer):
+        """As the library's own, it takes no step more when it had ended."""
+
+    ended = tiny_trainer(tmp_path, kind=Ending, callbacks=[Clock()])
+    ended.train(resume_from_checkpoint=True)
+    assert ended.fit_seconds == 120.0
     (tmp_path / "checkpoint-12" / "running_loss_0.json").unlink()
     assert seconds_of(tmp_path / "checkpoint-12") == 0.0
 
