@@ -234,14 +234,14 @@ def _described(teacher: Teacher) -> dict[str, Any]:
     """What a student's record says of its teacher: no path, and nothing of its training's course."""
     from llmrec.evaluation.runs import settings_key
 
-    record = teacher.recommender.settings.training
-    settings = settings_key({name: value for name, value in record.items() if name not in _OUTSIDE})
+    its = teacher.recommender.settings
     return {
         "weights": teacher.identity[:16],
-        "settings": hashlib.sha256(settings.encode()).hexdigest()[:16],  # alike for teachers that differ by seeds
+        # Alike for teachers that differ by seeds alone.
+        "settings": hashlib.sha256(settings_key(its.recipe).encode()).hexdigest()[:16],
         "class": type(teacher.recommender.model).__name__,
         **size_of(teacher.recommender.model),
-        "seed": record.get("trainer", {}).get("seed"),
+        "seed": its.seeds["training"] if its.seeds.keys() == {"training"} else its.seeds,
     }
 
 

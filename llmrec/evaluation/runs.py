@@ -15,8 +15,6 @@ from llmrec.exceptions import DataError
 
 # What may differ between two runs of one system besides the seed: where its files lie.
 _PLACES = ("artefact", "out", "output_dir", "device")
-# Hashes of what seeds decide, such as of a teacher's weights.
-_HASHES = ("weights",)
 # Seeds of the evaluation, not of the model: another one makes no second model.
 _OTHER_SEEDS = ("bootstrap", "users", "tuning")
 
@@ -166,11 +164,16 @@ def merged(runs: Sequence[Run]) -> tuple[list[Entry], list[str]]:
 
 
 def settings_key(settings: Any) -> str:
-    """Settings without seeds, hashes of what seeds decide, and places of files, as one string."""
+    """Settings without seeds and places of files, as one string.
+
+    The hash of a model's weights (`weights`) is left out as well, where that of its own settings (`settings`) stands
+    beside it: of models that differ by seeds alone the one is alike, the other not.
+    """
 
     def kept(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {k: kept(v) for k, v in value.items() if "seed" not in str(k) and k not in (*_PLACES, *_HASHES)}
+            left_out = (*_PLACES, "weights") if "settings" in value else _PLACES
+            return {k: kept(v) for k, v in value.items() if "seed" not in str(k) and k not in left_out}
         return [kept(v) for v in value] if isinstance(value, list) else value
 
     return json.dumps(kept(settings or {}), sort_keys=True)

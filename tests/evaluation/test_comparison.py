@@ -253,6 +253,13 @@ def test_students_of_teachers_that_differ_by_seeds_are_one_row(tmp_path: Path) -
     }
 
 
+def test_students_of_teachers_known_by_their_weights_alone_are_no_seeds_of_one(tmp_path: Path) -> None:
+    for place in (1, 2):
+        settings = {"training": {"distillation": {"teacher": {"weights": f"hash {place}"}}}}
+        save_run(tmp_path / f"{place}", "student", place, seeds={"training": place}, settings=settings)
+    assert len(compare([tmp_path / "1", tmp_path / "2"], resamples=20)["systems"]) == 2
+
+
 def test_two_ways_with_ties_are_said(tmp_path: Path) -> None:
     save_run(tmp_path / "a", "ours", 1)
     save_run(tmp_path / "b", "item-cf", 2)

@@ -32,8 +32,8 @@ from transformers.trainer_utils import rotate_checkpoints
 from llmrec.exceptions import BackboneError
 from llmrec.training import checkpoints
 from llmrec.training.checkpoints import WholeCheckpoints, checkpoint_to_resume, newest_whole_checkpoint, seconds_of
-from llmrec.training.patience import KeptPatience
 from llmrec.training.manifest import MANIFEST, why_not_whole, write_manifest
+from llmrec.training.patience import KeptPatience
 
 
 def old_checkpoint(folder, step):
