@@ -110,7 +110,8 @@ def main() -> None:
         "settings": settings,
         "datasets": found,
     }
-    asked = (options.ways, list(WAYS))
+    others = [f"{name}-{value}" for name, value in settings.items() if value != parser.get_default(name)]
+    asked = ([*options.ways, *others], list(WAYS))
     own = result_name("after_sft", asked, (options.datasets, DATASETS))
     report("after_sft", result, ratios, before, options, own)
     if not options.quick:  # a table is for reading

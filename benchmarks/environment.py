@@ -70,7 +70,7 @@ def result_name(name: str, *chosen: tuple[Sequence[str], Sequence[str]]) -> str:
         name: the script's.
         chosen: pairs: what was asked for, and what is run if nothing is.
     """
-    return "_".join([name, *(word for some, every in chosen if list(some) != list(every) for word in some)])
+    return "_".join([name, *(word for some, every in chosen if set(some) != set(every) for word in some)])
 
 
 def report(

@@ -67,7 +67,8 @@ def main() -> None:
             ratios[f"{name}: {kind}, milliseconds after {most} steps over none"] = one["latency"]["ratio"][-1]
         print(card(name, found[name], (runs / "table.md").read_text(encoding="utf-8")))
     settings = {"seeds": options.seeds, "override": options.override}
-    asked = (options.kinds, KINDS)
+    others = [f"seeds-{options.seeds}"] if options.seeds != parser.get_default("seeds") else []
+    asked = ([*options.kinds, *others, *(one.replace("/", "-") for one in options.override)], KINDS)
     own = result_name("reasoning", asked, (options.datasets, DATASETS))
     report("reasoning", {"settings": settings, "datasets": found}, ratios, before, options, own)
     if not options.quick:  # a table is for reading

@@ -54,7 +54,7 @@ def main(
     from llmrec.ctr.ranker import Ranker
     from llmrec.ctr.task import CTRTask
     from llmrec.ctr.trainer import CTRTrainer
-    from llmrec.storage import write_json
+    from llmrec.storage import digest_of_arrays, write_json
     from llmrec.training.arguments import OPTIMISATION, UNNAMED
     from llmrec.training.checkpoints import checkpoint_to_resume
     from llmrec.training.curve import training_page
@@ -110,7 +110,8 @@ def main(
     trainer = CTRTrainer(
         model, training, train, dev, label_weights=settings.label_weights, callbacks=[*stopping, shutdown]
     )
-    described = [flags, training.seed, task.rows.sources]
+    known = digest_of_arrays([task.features.vectors, task.features.codes])
+    described = [flags, training.seed, task.rows.sources, config.to_dict(), known]
     check_alike([*beside, {"task": described_task(task), "flags": flags}])
     resume = checkpoint_to_resume(training.output_dir, described, fresh=data.fresh)
     if resume is not None:

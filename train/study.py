@@ -47,11 +47,12 @@ def main(study: StudyArguments) -> None:
     plan = study.plan(RECIPES)
     folder = Path(study.runs)
     # Of all runs, also of those that are not run now: the results are the whole study's.
-    every = StudyRunner(folder, plan.runs)
+    every = StudyRunner(folder, plan.runs, processes=study.processes)
     if study.list:
         show(every)
         return
     check(plan)
+    every.check_processes()
 
     def write() -> None:
         document = results.collect(plan, every.places)

@@ -104,7 +104,6 @@ class IntoItems:
         self.chosen = np.sort(drawn[: self.data.eval_users or len(valid)])
         if not len(self.chosen):
             raise DataError("There is no validation case. Give users of three interactions or more.")
-        self._table: ItemDistributions | None = None
         check_metric(self.training)
 
     def settings(self, record: dict[str, Any]) -> Settings:
@@ -163,20 +162,24 @@ class IntoItems:
                 "--direction is reverse, and the teacher's distributions are known of its most probable items alone. "
                 "Leave it out."
             )
-        return TableLesson(self.table(), data.alpha, data.kl_temperature)
+        return TableLesson(self.table, data.alpha, data.kl_temperature)
 
+    @cached_property
+    def lists(self) -> TeacherLists:
+        """A language model's answers, as they are kept on disk."""
+        split = self.teacher.learnt
+        places = training_places(split, self.data.soft_cases, self.training.seed)
+        folder = self.data.soft_cache or f"{self.data.artefact.rstrip('/')}.soft_targets"
+        recommender, width, identity = self.teacher.recommender, self.data.soft_items, self.teacher.identity
+        return TeacherLists(recommender, split, places, width, folder, identity)
+
+    @cached_property
     def table(self) -> ItemDistributions:
         """The language model's soft targets, computed once and kept on disk."""
-        if self._table is None:
-            split, training = self.teacher.learnt, self.training
-            places = training_places(split, self.data.soft_cases, training.seed)
-            folder = self.data.soft_cache or f"{self.data.artefact.rstrip('/')}.soft_targets"
-            recommender, width, identity = self.teacher.recommender, self.data.soft_items, self.teacher.identity
-            lists = TeacherLists(recommender, split, places, width, folder, identity)
-            lists.kept.share_out(training)
-            self._table = lists.distributions(self.data.soft_rest)
-            logger.info("soft targets of %d training interactions, %d items each", len(places), self.data.soft_items)
-        return self._table
+        self.lists.kept.share_out(self.training)
+        found = self.lists.distributions(self.data.soft_rest)
+        logger.info("soft targets of %d training interactions, %d items each", len(found), self.data.soft_items)
+        return found
 
     def trainer(self, method: str, model: "SequenceModel", arguments: Any, callbacks: list[Any]) -> Any:
         """The trainer of one student."""
@@ -226,8 +229,14 @@ class IntoItems:
 
     @property
     def content_hash(self) -> str:
-        """Of what no flag and no hash of the split says: times, actions and domains, texts' vectors and codes."""
-        return digest_of_arrays([*self.histories.columns.values(), self.features.vectors, self.features.codes])
+        """Of what no flag and no hash of the split says.
+
+        Times, actions and domains, texts' vectors and codes; of a language model its prompt and which of its items are
+        retired, as the name of its kept answers has them.
+        """
+        own = digest_of_arrays([*self.histories.columns.values(), self.features.vectors, self.features.codes])
+        answered = self.data.method == "logits" and not self.teacher.is_sequence
+        return f"{own} {self.lists.kept.folder.name}" if answered else own
 
     def _fewer_layers(self, taught: "SequenceModel") -> "SequenceModel":
         from llmrec.sequence.model import SequenceModel

@@ -72,7 +72,8 @@ class PilotRunner:
 
         Raises:
             DataError: if the interactions have changed since the pilot was planned.
-            StageError: if another process is running this pilot, or the limit is negative.
+            StageError: if another process is running this pilot, the limit is negative, or trainings that are done
+                had another number of processes.
         """
         if not 0 <= max_minutes < float("inf"):
             raise StageError(f"--max-minutes is {max_minutes}. Give 0 or more.")
@@ -81,11 +82,16 @@ class PilotRunner:
         by_script: dict[str, list[StudyRun]] = {}
         for name, _, _, place in self.places:
             by_script.setdefault(self.pilot.encoders[name].script, []).append(place.run)
+        runners = [
+            StudyRunner(self.folder / RUNS, runs, script, self.processes, finished=self.write)
+            for script, runs in by_script.items()
+        ]
+        for runner in runners:  # all of them before the first trains
+            runner.check_processes()
         code, left, begun = 0, max_minutes, time.monotonic()
-        for script, runs in by_script.items():
+        for runner in runners:
             if max_minutes and left <= 0:
                 break
-            runner = StudyRunner(self.folder / RUNS, runs, script, self.processes, finished=self.write)
             if (found := runner.run(left if max_minutes else 0.0)) > 1:  # a signal
                 return found
             code = max(code, found)

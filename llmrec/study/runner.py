@@ -96,7 +96,7 @@ class StudyRunner:
             StageError: if another process is running this study, or runs of it were trained by another number of
                 processes, which is another batch.
         """
-        self._check_processes()
+        self.check_processes()
         self.folder.mkdir(parents=True, exist_ok=True)
         begun = time.monotonic()
         failed = written = False
@@ -135,7 +135,8 @@ class StudyRunner:
             return 128 + self.signal
         return 1 if failed else 0
 
-    def _check_processes(self) -> None:
+    def check_processes(self) -> None:
+        """Raises StageError if runs of it that are done were trained by another number of processes."""
         for place in self.places:
             found = (place.metrics() or {}).get("training", {}).get("trainer", {}).get("world_size", self.processes)
             if found != self.processes:

@@ -36,7 +36,8 @@ class CaseLists:
         self._held, self._settings, self._num_beams = held, settings, num_beams
         self._histories: list[list[int]] = [every[case].tolist() for case in chosen]
         self._events = held.case_events(part, chosen) if held.prompt.attributes & set(EVENT_COLUMNS) else None
-        self._variables = {name: [case[name] for case in said] for name in held.prompt.variables - {"history"}}
+        shown = held.prompt.variables - {"history"}
+        self._variables = [{name: value for name, value in case.items() if name in shown} for case in said]
 
     def __call__(self, model: Any) -> Recommend:
         from llmrec.recommender import Recommender
@@ -47,8 +48,21 @@ class CaseLists:
 
     def of(self, recommender: "Recommender", places: Sequence[int], k: int, progress: bool = False) -> list[list[int]]:
         """The lists of a recommender for the cases at these places."""
-        given: dict[str, Any] = {name: [one[place] for place in places] for name, one in self._variables.items()}
-        events = None if self._events is None else [self._events[place] for place in places]
-        asked = [self._histories[place] for place in places]
-        beams = max(k, self._num_beams)
-        return recommender.recommend_rows(asked, k, num_beams=beams, progress=progress, events=events, **given)[0]
+        alike: dict[tuple[str, ...], list[int]] = {}  # who said nothing has a prompt without it
+        for number, place in enumerate(places):
+            alike.setdefault(tuple(sorted(self._variables[place])), []).append(number)
+        found: list[list[int]] = [[]] * len(places)
+        for names, numbers in alike.items():
+            some = [places[number] for number in numbers]
+            given: dict[str, Any] = {name: [self._variables[place][name] for place in some] for name in names}
+            lists, _ = recommender.recommend_rows(
+                [self._histories[place] for place in some],
+                k,
+                num_beams=max(k, self._num_beams),
+                progress=progress,
+                events=None if self._events is None else [self._events[place] for place in some],
+                **given,
+            )
+            for number, one in zip(numbers, lists, strict=True):
+                found[number] = one
+        return found

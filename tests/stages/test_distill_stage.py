@@ -1,5 +1,6 @@
 """train/distill.py as a user runs it, on a ring of items: language and sequence teachers, students and controls."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -300,8 +301,15 @@ def test_students_learn_from_the_users_whom_the_teacher_learnt_from(stage, data,
         made = IntoItems(found, given, kind, *flags, FineTuningArguments(output_dir=str(tmp_path), use_cpu=True))
         places = training_places(found.learnt)
         assert made.windows.target_counts().sum() == len(places) < len(training_places(found.split))
-        assert made.table().places.tolist() == places.tolist()
+        assert made.table.places.tolist() == places.tolist()
         before = made.content_hash
+        again = IntoItems(found, given, kind, *flags, FineTuningArguments(output_dir=str(tmp_path), use_cpu=True))
+        assert again.content_hash == before
+        found.recommender.catalog = copy.deepcopy(found.recommender.catalog)
+        vars(found.recommender.catalog).pop("content_hash")  # it is kept, for nothing changes a catalog
+        found.recommender.catalog.retired[3] = True
+        retired = IntoItems(found, given, kind, *flags, FineTuningArguments(output_dir=str(tmp_path), use_cpu=True))
+        assert retired.content_hash != before
         made.features = ItemFeatures(found.split.item_ids, vectors=np.zeros((found.split.num_items, 2)))
         assert made.content_hash != before
     assert made.described()["data"]["eval_users"] == 0  # it chooses the checkpoint, so another makes another student

@@ -13,11 +13,12 @@ from transformers import AutoModel
 
 from llmrec.data.arguments import ColumnArguments, SplitArguments
 from llmrec.data.sample import make_sample
-from llmrec.exceptions import RecipeError
+from llmrec.exceptions import RecipeError, StageError
 from llmrec.losses.arguments import LossArguments
 from llmrec.reasoning.arguments import ReasoningArguments
 from llmrec.script import parse, parser
 from llmrec.sequence.arguments import EncoderArguments, EventArguments, ItemArguments, SequenceArguments
+from llmrec.study.place import RunPlace
 from llmrec.training.arguments import StageArguments
 
 ARGUMENTS = (
@@ -131,6 +132,20 @@ def test_the_listing_runs_nothing(script, tmp_path, caplog):
     ):
         with pytest.raises(RecipeError, match=message):
             plan_of(script, recipe, *flags)
+
+
+def test_runs_that_are_left_out_now_are_of_as_many_processes(script, tmp_path):
+    """Their results stand in the same table."""
+    recipe = script.RECIPES / "study_debug.yaml"
+    arguments, plan = plan_of(script, recipe, "--only", "hstu-num_hidden_layers=1", "--runs", str(tmp_path / "runs"))
+    left_out = next(run for run in plan.runs if run.cell != "hstu-num_hidden_layers=1")
+    place = RunPlace(tmp_path / "runs", left_out)
+    place.folder.mkdir(parents=True)
+    place.note(1.0)
+    trained = {"test": {"NDCG@10": 0.1}, "training": {"trainer": {"world_size": 2}}}
+    (place.folder / "metrics.json").write_text(json.dumps(trained))
+    with pytest.raises(StageError, match=r"was trained by 2 process\(es\), and --processes is 1"):
+        script.main(arguments)
 
 
 @pytest.mark.slow
