@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import shutil
 
 import numpy as np
 import polars as pl
@@ -14,6 +15,7 @@ from llmrec.ctr.histories import Events
 from llmrec.ctr.items import CandidateItems
 from llmrec.ctr.ranker import Ranker
 from llmrec.ctr.task import CTRTask, features_of
+from llmrec.embedding.store import EmbeddingStore
 from llmrec.exceptions import ArtefactError, DataError, RecipeError, RequestError
 from llmrec.script import parse
 
@@ -144,6 +146,21 @@ def test_the_script_trains_reports_and_continues(train, tmp_path, caplog):
     assert read_card(tmp_path / "run" / "metrics.json")["labels"] == card["labels"]
 
 
+def test_checkpoints_of_other_texts_are_not_continued(train, tmp_path, caplog):
+    rows, test = write_rows(tmp_path)
+    ids = [str(item) for item in range(30)]
+    flags = ("--train_rows", str(rows), "--test_rows", str(test), "--artefact", "run/model")
+    flags += ("--representation", "ids+text", "--item_embeddings", "texts", "--label_columns", "click")
+    for seed, continued in ((0, False), (0, True), (1, False)):
+        shutil.rmtree("texts", ignore_errors=True)
+        vectors = np.random.default_rng(seed).normal(size=(30, 4)).astype(np.float32)
+        EmbeddingStore(ids, vectors).save("texts")
+        caplog.clear()
+        with caplog.at_level("INFO", logger="llmrec"):
+            train(*flags)
+        assert ("continuing from" in caplog.text) == continued
+
+
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
@@ -202,7 +219,6 @@ def test_seeds_are_summarised_by_mean_and_deviation(tmp_path):
 
 
 def test_the_unknown_item_is_what_no_item_is(tmp_path):
-    from llmrec.embedding.store import EmbeddingStore
     from llmrec.representations.build import build_representation
     from llmrec.sequence.arguments import ItemArguments
 
