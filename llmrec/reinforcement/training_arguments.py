@@ -27,11 +27,22 @@ _UNREAD = {
     "chat_template_kwargs": "Prompts are the artefact's",
     "model_init_kwargs": "Say --dtype and --attn_implementation",
     "num_generations_eval": "The guard evaluates",
+    "max_tool_calling_iterations": "Items are no tools",
+    "entropy_target": "The entropy's weight is entropy_coef, and stays it",
+}
+# Likewise, by how their names begin.
+_UNREAD_KINDS = {
+    "vllm_": "Say --backend vllm",
+    "sapo_": "It belongs to a loss that is not here",
+    "vespo_": "It belongs to a loss that is not here",
+    "ref_model_": "The reference is what training begins with, and stays it",
+    "entropy_coef_": "The entropy's weight is entropy_coef, and stays it",
 }
 # What a loss of groups reads, and none of preferences.
 _OF_GROUPS = (
     *("num_iterations", "epsilon", "epsilon_high", "delta", "loss_type", "importance_sampling_level", "scale_rewards"),
     *("multi_objective_aggregation", "top_entropy_quantile", "off_policy_mask_threshold", "entropy_coef"),
+    *("temperature", "sync_ref_model", "use_adaptive_entropy", "mask_truncated_completions", "use_bias_correction_kl"),
 )
 # MiniOneRec's weight of the KL; DPO's usual beta, and that of S-DPO's paper.
 _BETA = {"grpo": 0.001, "dr_grpo": 0.001, "gspo": 0.001, "dpo": 0.1, "sdpo": 1.0}
@@ -104,11 +115,14 @@ class RLTrainingArguments(StageArguments, GRPOConfig):
 
     def _check_read(self) -> None:
         """Raises RecipeError for a flag of TRL's that nothing would read."""
+        fields = GRPOConfig.__dataclass_fields__
         unread = dict(_UNREAD)
+        for begin, advice in _UNREAD_KINDS.items():
+            unread |= {name: advice for name in fields if name.startswith(begin)}
         if self.method in PREFERENCES:
             unread |= dict.fromkeys(_OF_GROUPS, "It belongs to --method grpo, dr_grpo or gspo")
         for name, advice in unread.items():
-            if getattr(self, name) != GRPOConfig.__dataclass_fields__[name].default:
+            if getattr(self, name) != fields[name].default:
                 raise RecipeError(f"--{name} is {getattr(self, name)!r}, and nothing here reads it. {advice}.")
 
     def _apply_method(self) -> None:
