@@ -11,11 +11,13 @@ from transformers import TrainingArguments
 from llmrec.exceptions import RecipeError
 
 _ANSWERS_OF_TEXT = ("id_to_item", "history_to_title", "yes_no")
-# What of transformers' flags decides the weights of any training here; a record of it names them, and its own ones.
+# What of transformers' flags decides the weights of any training here, beside the seed and what chooses a checkpoint.
+# The record of a training names them, and its own ones.
 OPTIMISATION = (
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm", "optim"),
     *("optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha", "bf16", "fp16", "world_size"),
+    *("data_seed", "dataloader_drop_last"),
 )
 UNNAMED = "trainer_output"  # transformers' word for an output folder that was not given
 
