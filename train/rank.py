@@ -55,7 +55,7 @@ def main(
     from llmrec.ctr.task import CTRTask
     from llmrec.ctr.trainer import CTRTrainer
     from llmrec.storage import digest_of_arrays, write_json
-    from llmrec.training.arguments import OPTIMISATION, UNNAMED
+    from llmrec.training.arguments import UNNAMED, recorded
     from llmrec.training.checkpoints import checkpoint_to_resume
     from llmrec.training.curve import training_page
     from llmrec.training.shutdown import ShutdownCallback
@@ -98,7 +98,7 @@ def main(
         "items": {
             name: value for name, value in asdict(items).items() if name not in ("item_embeddings", "semantic_ids")
         },
-        "trainer": {name: getattr(training, name) for name in (*_TRAINING, *OPTIMISATION)},
+        "trainer": recorded(training, _TRAINING),
     }
     if data.passes == "windows":
         train: Any = task.windows(data.max_history)

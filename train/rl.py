@@ -91,7 +91,7 @@ def main(
     from llmrec.reinforcement.start import Start, check_place
     from llmrec.storage import digest_of
     from llmrec.tasks.case_lists import CaseLists
-    from llmrec.training.arguments import OPTIMISATION, UNNAMED
+    from llmrec.training.arguments import UNNAMED, recorded
     from llmrec.training.curve import LOG_FILE, read_log
 
     # Whatever can be wrong is found out before a weight is loaded.
@@ -127,7 +127,7 @@ def main(
     more_data, more_training = _OF_PREFERENCES if training.method in PREFERENCES else _OF_GROUPS
     described = {
         "data": {name: getattr(data, name) for name in (*_DATA, *more_data)} | {"num_beams": num_beams},
-        "trainer": {name: getattr(training, name) for name in (*_TRAINING, *OPTIMISATION, *more_training)},
+        "trainer": recorded(training, (*_TRAINING, *more_training)),
         "guard": guard.document()["limits"] | {"steps": guarding.guard_steps},
     }
     # Checkpoints of another run (another start, other data, rewards or hyperparameters) are not continued; what a

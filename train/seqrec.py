@@ -91,7 +91,7 @@ def main(
     from llmrec.sequence.trainer import SequenceTrainer, check_metric
     from llmrec.sequence.windows import TrainingWindows
     from llmrec.storage import digest_of_arrays
-    from llmrec.training.arguments import OPTIMISATION, UNNAMED
+    from llmrec.training.arguments import UNNAMED, recorded
     from llmrec.training.checkpoints import checkpoint_to_resume
     from llmrec.training.shutdown import ShutdownCallback
 
@@ -164,7 +164,7 @@ def main(
         "events": asdict(event),
         "loss": asdict(losses),
         "reasoning": asdict(reasoning),
-        "trainer": {name: getattr(training, name) for name in (*_TRAINING, *OPTIMISATION)},
+        "trainer": recorded(training, _TRAINING),
     }
     logger.info(
         "%s: %.2f M parameters, %.2f M of them in the encoder; %d windows of %d items, %d validation cases",

@@ -83,7 +83,7 @@ def main(
     from llmrec.tasks.case_lists import VALIDATION_BEAMS, CaseLists
     from llmrec.tasks.dataset import next_item_cases, training_dataset
     from llmrec.tasks.mixture import Mixture
-    from llmrec.training.arguments import OPTIMISATION, UNNAMED
+    from llmrec.training.arguments import UNNAMED, recorded
     from llmrec.training.fit import fit
     from llmrec.training.phases import NEW_TOKENS, load_result, model_of, plan_phases, whole_model
     from llmrec.training.ranking import RankingCallback
@@ -133,7 +133,7 @@ def main(
             | {"train_users": len(np.unique(held.split.owner[seen])), "train_tokens": int(seen.sum())},
             "semantic_ids": described_codes(built),
             "backbone": asdict(backbone) | {"backbone": without_path(backbone.backbone)},
-            "trainer": {name: getattr(training, name) for name in (*_TRAINING, *OPTIMISATION)},
+            "trainer": recorded(training, _TRAINING),
         },
     )
     # Checkpoints of another run (other data, prompts, vocabulary, sizes or hyperparameters) are not continued.

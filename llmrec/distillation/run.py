@@ -70,7 +70,7 @@ def train_student(
     from transformers import EarlyStoppingCallback
 
     import llmrec
-    from llmrec.training.arguments import OPTIMISATION
+    from llmrec.training.arguments import recorded
     from llmrec.training.checkpoints import checkpoint_to_resume
     from llmrec.training.curve import log_curve, training_page
     from llmrec.training.ranking import is_sharded
@@ -90,7 +90,7 @@ def train_student(
         | {name: getattr(data, name) for name in _LESSON if method != "cross_entropy"}
         | {"student": student.student, "keep_layers": student.keep_layers if student.student == "same" else None},
         "sizes": {name: getattr(student, name) for name in ("num_hidden_layers", "hidden_size")},
-        "trainer": {name: getattr(training, name) for name in (*_TRAINING, *OPTIMISATION)},
+        "trainer": recorded(training, _TRAINING),
     }
     identity = [record, asdict(student), kind.content_hash, teacher.identity, teacher.learnt.content_hash]
     resume = checkpoint_to_resume(output_dir, identity, fresh=data.fresh)

@@ -10,7 +10,7 @@ from llmrec.losses.loss import ItemLoss, ItemVectors
 
 # Scores that a loss holds at once, 16 MB in float32: small enough for a CPU's cache, large enough for its matmul.
 CHUNK_SCORES = 1 << 22
-_ON_CPU = 1 << 21  # where one buffer serves all chunks
+_LEAST, _MOST = 1 << 21, 1 << 26  # of a CPU, by the table's size
 
 
 class FullSoftmax(ItemLoss):
@@ -40,8 +40,8 @@ def full_softmax_loss(
         targets: (T,) rows of the table.
         table: (N, D).
         weights: (T,); None: 1 each.
-        chunk_scores: how many scores are held at once; at least one token's N. None: what is fast, and no more than
-            the table is large or 16 MB.
+        chunk_scores: how many scores are held at once; at least one token's N. None: `CHUNK_SCORES`; on a CPU as
+            many as the table has numbers, but from 2²¹ to 2²⁶.
 
     Returns:
         A scalar in float32 at least.
@@ -51,7 +51,8 @@ def full_softmax_loss(
     """
     if chunk_scores is None:
         # With fewer tokens at once than D, adding up the table's gradient would take longer than to make it.
-        chunk_scores = max(_ON_CPU if table.device.type == "cpu" else CHUNK_SCORES, table.numel())
+        on_cpu = min(max(_LEAST, table.numel()), _MOST)
+        chunk_scores = on_cpu if table.device.type == "cpu" else CHUNK_SCORES
     if chunk_scores < 1:
         raise BackboneError(f"A loss with {chunk_scores} scores at once has no value. Allow at least one.")
     wide = torch.promote_types(queries.dtype, table.dtype)

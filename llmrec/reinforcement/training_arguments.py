@@ -29,6 +29,11 @@ _UNREAD = {
     "num_generations_eval": "The guard evaluates",
     "max_tool_calling_iterations": "Items are no tools",
     "entropy_target": "The entropy's weight is entropy_coef, and stays it",
+    "use_vllm": "It is TRL's way to rollouts, which knows no catalog. Say --backend vllm",
+    "temperature": "Draws have a temperature of their own, --rollout_temperature",
+    "mask_truncated_completions": "Items have no end token",
+    "sync_ref_model": "The reference is what training begins with, and stays it",
+    "use_adaptive_entropy": "Its weight is in no checkpoint; give entropy_coef",
 }
 # Likewise, by how their names begin.
 _UNREAD_KINDS = {
@@ -42,7 +47,7 @@ _UNREAD_KINDS = {
 _OF_GROUPS = (
     *("num_iterations", "epsilon", "epsilon_high", "delta", "loss_type", "importance_sampling_level", "scale_rewards"),
     *("multi_objective_aggregation", "top_entropy_quantile", "off_policy_mask_threshold", "entropy_coef"),
-    *("temperature", "sync_ref_model", "use_adaptive_entropy", "mask_truncated_completions", "use_bias_correction_kl"),
+    "use_bias_correction_kl",
 )
 # MiniOneRec's weight of the KL; DPO's usual beta, and that of S-DPO's paper.
 _BETA = {"grpo": 0.001, "dr_grpo": 0.001, "gspo": 0.001, "dpo": 0.1, "sdpo": 1.0}
@@ -110,8 +115,6 @@ class RLTrainingArguments(StageArguments, GRPOConfig):
             return
         self._apply_method()
         super().__post_init__()
-        if self.use_vllm:
-            raise RecipeError("use_vllm is TRL's way to rollouts, which knows no catalog. Say --backend vllm.")
 
     def _check_read(self) -> None:
         """Raises RecipeError for a flag of TRL's that nothing would read."""

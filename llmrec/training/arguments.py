@@ -4,7 +4,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
@@ -17,9 +17,17 @@ OPTIMISATION = (
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm", "optim"),
     *("optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha", "bf16", "fp16", "world_size"),
-    *("data_seed", "dataloader_drop_last"),
 )
+# Likewise, but named only where they are not as they are by default.
+_SELDOM = ("data_seed", "dataloader_drop_last")
 UNNAMED = "trainer_output"  # transformers' word for an output folder that was not given
+
+
+def recorded(training: TrainingArguments, own: Sequence[str]) -> dict[str, Any]:
+    """What a record of a training says of its flags: the `own` ones of its script, and those of every training."""
+    fields = TrainingArguments.__dataclass_fields__
+    seldom = [name for name in _SELDOM if getattr(training, name) != fields[name].default]
+    return {name: getattr(training, name) for name in (*own, *OPTIMISATION, *seldom)}
 
 
 @dataclass
